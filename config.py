@@ -1,0 +1,177 @@
+"""The command line: every flag, its default, its help text and its check, once.
+
+A flag is a field of `TrainConfig`; the parser is built from the fields. Nothing heavy is imported here, so
+that `--help` and a wrong flag answer at once.
+"""
+
+import argparse
+import math
+import re
+import sys
+from dataclasses import dataclass, field, fields
+from typing import Any, NoReturn
+
+DEFAULT_MODEL = "distilbert-base-uncased"
+DEFAULT_DATASET = "rotten_tomatoes"
+MODES = ("finetune", "baseline", "report")
+
+
+class UserError(ValueError):
+    """Something the user can put right. `main` shows it as one line and exits with code 2."""
+
+
+def flag(default: Any, group: str, help: str, **argparse_options: Any) -> Any:
+    """A dataclass field that is also a command-line flag."""
+    return field(default=default, metadata={"group": group, "help": help, "options": argparse_options})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What one call of the tool was asked to do. Checked when it is made, never changed afterwards."""
+
+    mode: str = "finetune"
+    runs: tuple[str, ...] = ()  # --report: the run folders to show, all under output_dir if empty
+
+    # `None` means that the user left the default: only then may the packaged default stand in for the hub.
+    dataset: str | None = flag(
+        None,
+        "data",
+        "rotten_tomatoes, sst2, imdb, ag_news, a hub id (owner/name), a folder of splits or one file "
+        f"(CSV, TSV, JSONL, parquet) (default: {DEFAULT_DATASET})",
+        names=("--dataset", "--dataset_name"),
+    )
+    dataset_dir: str | None = flag(
+        None, "data", "look for named datasets here first, as DIR/NAME/*.parquet", metavar="DIR"
+    )
+    max_length: int | None = flag(
+        None, "data", "cut texts after this many tokens (default: the model's limit, at most 512)", type=int
+    )
+    limit: int | None = flag(None, "data", "train on a seeded random N of the training rows", type=int, metavar="N")
+
+    model: str | None = flag(
+        None, "model", f"hub id or local folder of an encoder (default: {DEFAULT_MODEL})", metavar="MODEL"
+    )
+    peft: bool = flag(False, "model", "train LoRA adapters and the head instead of every weight", switch=True)
+    lora_r: int = flag(16, "model", "rank of the adapters", type=int, metavar="R")
+    lora_alpha: float = flag(32, "model", "the adapters' output is scaled by alpha / r", type=float, metavar="A")
+    lora_dropout: float = flag(0.1, "model", "dropout in front of the adapters", type=float, metavar="P")
+
+    epochs: int = flag(3, "training", "passes over the training rows", type=int)
+    lr: float = flag(2e-5, "training", "peak learning rate", type=float)
+    batch_size: int = flag(16, "training", "examples in one forward pass, all processes together", type=int)
+    gradient_accumulation_steps: int = flag(
+        1, "training", "forward passes in one optimiser step", type=int, metavar="N"
+    )
+    weight_decay: float = flag(0.01, "training", "AdamW weight decay, for matrices only", type=float)
+    warmup_ratio: float = flag(0.1, "training", "share of the steps over which the rate rises", type=float)
+    max_grad_norm: float = flag(1.0, "training", "clip the gradient to this norm; 0 turns it off", type=float)
+    seed: int = flag(42, "training", "decides the head's first weights, the batches and the dropout", type=int)
+    precision: str = flag(
+        "auto",
+        "training",
+        "auto is bf16 where the device does it natively, else fp32",
+        choices=("auto", "fp32", "bf16"),
+    )
+    device: str = flag("auto", "training", "auto (cuda if available), cpu, cuda, cuda:N or mps")
+
+    wandb: bool = flag(False, "tracking", "log to Weights & Biases; offline without a key", switch=True)
+    comet: bool | None = flag(
+        None, "tracking", "log to Comet (default: where a Comet API key is configured)", switch=True
+    )
+    project: str = flag("distilbert-sentiment", "tracking", "project name at W&B and Comet", metavar="NAME")
+
+    output_dir: str = flag("runs", "output", "run folders are made here", metavar="DIR")
+    plots_dir: str = flag("plots", "output", "--report draws its pictures here", metavar="DIR")
+
+    def __post_init__(self) -> None:
+        at_least = {"max_length": 3, "limit": 1, "lora_r": 1, "epochs": 1, "batch_size": 1}
+        for name, low in {**at_least, "gradient_accumulation_steps": 1, "seed": 0}.items():
+            value = getattr(self, name)
+            _require(value is None or value >= low, name, value, f"a whole number of at least {low}")
+        for name in ("lr", "lora_alpha"):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value > 0, name, value, "a number above 0")
+        for name in ("weight_decay", "max_grad_norm"):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value >= 0, name, value, "a number of at least 0")
+        for name in ("lora_dropout", "warmup_ratio"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, name, value, "a number from 0 to below 1")
+        _require(self.seed < 2**32, "seed", self.seed, "a whole number below 2**32")
+        known_device = re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device)
+        _require(known_device is not None, "device", self.device, "auto, cpu, cuda, cuda:N or mps")
+        if self.peft and self.mode != "finetune":
+            raise UserError("--peft goes with --finetune")
+
+    @property
+    def method(self) -> str:
+        """What a reader would call the run's method: full, lora or baseline."""
+        return "baseline" if self.mode == "baseline" else "lora" if self.peft else "full"
+
+
+def _require(ok: bool, name: str, value: Any, expected: str) -> None:
+    if not ok:
+        raise UserError(f"--{name}: expected {expected}, got {value!r}")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line on stderr and exit code 2: the usage text would bury what went wrong."""
+        self.exit(2, f"error: {message} (see python main.py --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser for every field of `TrainConfig`, grouped as the fields are."""
+    parser = _Parser(
+        prog="python main.py",
+        usage="python main.py MODE [flags]",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
+        description="Fine-tune DistilBERT for sentiment, fully or with LoRA, and know which way was better.",
+        epilog="Flags are also understood with hyphens: --batch-size is --batch_size.",
+        allow_abbrev=False,
+    )
+    modes = parser.add_argument_group("modes (exactly one)").add_mutually_exclusive_group()
+    modes.add_argument("--finetune", action="store_true", help="fine-tune the whole encoder; with --peft, LoRA")
+    modes.add_argument("--baseline", action="store_true", help="fit a LinearSVC on frozen CLS embeddings")
+    modes.add_argument("--report", nargs="*", metavar="RUN", help="draw and tabulate finished runs (default: all)")
+
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for spec in fields(TrainConfig):
+        if not spec.metadata:
+            continue
+        group = spec.metadata["group"]
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        options = dict(spec.metadata["options"])
+        names = options.pop("names", (f"--{spec.name}",))
+        help_text = spec.metadata["help"].replace("%", "%%")
+        if options.pop("switch", False):
+            options["action"] = argparse.BooleanOptionalAction if spec.default is None else "store_true"
+        elif spec.default is not None:
+            help_text += f" (default: {spec.default})"
+        groups[group].add_argument(*names, dest=spec.name, default=spec.default, help=help_text, **options)
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> TrainConfig:
+    """Command line -> `TrainConfig`. Exits with code 2 and one line on stderr where a flag is wrong."""
+    parser = build_parser()
+    values = vars(parser.parse_args([_with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]))
+    runs = values.pop("report")
+    chosen = {"finetune": values.pop("finetune"), "baseline": values.pop("baseline"), "report": runs is not None}
+    if not any(chosen.values()):
+        parser.print_help(sys.stderr)
+        parser.exit(2, "\nerror: choose one of " + ", ".join(f"--{mode}" for mode in MODES) + "\n")
+    try:
+        mode = next(mode for mode in MODES if chosen[mode])
+        return TrainConfig(mode=mode, runs=tuple(runs or ()), **values)
+    except UserError as error:
+        parser.error(str(error))
+
+
+def _with_underscores(word: str) -> str:
+    """--batch-size=8 -> --batch_size=8; values and --no-comet stay as they are."""
+    if not word.startswith("--") or word.startswith("--no-"):
+        return word
+    name, equals, value = word[2:].partition("=")
+    return "--" + name.replace("-", "_") + equals + value

@@ -1,0 +1,50 @@
+"""Can the Hugging Face hub be reached? Asked once, before its clients are imported.
+
+The clients retry for about 23 s a call and read HF_HUB_OFFLINE when they are imported; so the question is
+settled first, in at most five seconds.
+"""
+
+import os
+import threading
+import urllib.error
+import urllib.request
+
+TIMEOUT_S = 4.0
+
+
+def endpoint() -> str:
+    """The hub's address, as its own clients read it."""
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
+def offline() -> bool:
+    """Whether the hub's clients will answer from their local cache alone."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+
+
+def go_offline_if_unreachable() -> None:
+    """Set HF_HUB_OFFLINE=1 for the clients if the hub gives no answer, or a server error, within 4 s."""
+    if not offline() and not answers(endpoint()):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def answers(url: str, timeout_s: float = TIMEOUT_S) -> bool:
+    """Whether `url` gives an HTTP answer that is no server error, looked up and received in `timeout_s`."""
+    found = threading.Event()
+
+    def ask() -> None:
+        request = urllib.request.Request(url, method="HEAD")
+        try:
+            urllib.request.urlopen(request, timeout=timeout_s).close()
+        except urllib.error.HTTPError as error:
+            if error.code >= 500:
+                return
+        except (OSError, ValueError):
+            return
+        found.set()
+
+    # A thread, because the time-out of a socket does not cover looking up the name.
+    worker = threading.Thread(target=ask, daemon=True)
+    worker.start()
+    worker.join(timeout_s)
+    return found.is_set()

@@ -1,0 +1,45 @@
+"""Fine-tune DistilBERT for sentiment, fully or with LoRA, or fit the linear baseline; then compare the runs."""
+
+import os
+import sys
+
+from config import TrainConfig, UserError, parse_args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the mode asked for. Returns the exit code: 0, 2 for what the user can put right, 130 for Ctrl-C."""
+    config = parse_args(argv)
+    try:
+        dispatch(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def dispatch(config: TrainConfig) -> None:
+    """Import what the mode needs, and nothing else: PyTorch and its friends take seconds."""
+    if config.mode == "report":
+        from report import report
+
+        return report(config)
+
+    import hub
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    hub.go_offline_if_unreachable()  # before the hub's clients are imported
+    if config.mode == "baseline":
+        from baseline import run_baseline
+
+        run_baseline(config)
+    else:
+        from train import finetune
+
+        finetune(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

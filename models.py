@@ -1,0 +1,152 @@
+"""Tokenizer and encoder from a folder, the hub or the packaged default; LoRA; saving."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import logging as transformers_logging
+
+import hub
+import packaged
+from config import DEFAULT_MODEL, UserError
+
+HUB_IDS = {DEFAULT_MODEL: f"distilbert/{DEFAULT_MODEL}"}
+LONGEST = 512  # tokens, where the user sets no --max_length
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where an encoder comes from: `location` is what from_pretrained gets, the rest is for the records."""
+
+    name: str
+    kind: str  # "local", "hub" or "packaged"
+    source: str
+    location: str
+    config: Any  # transformers' config of the encoder
+
+
+def find_model(name: str | None) -> ModelSource:
+    """A local folder as it is; else the hub or its cache; else, for the default alone, the packaged encoder.
+
+    Raises UserError where a model that was named cannot be had: it is never replaced by another.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    wanted = name or DEFAULT_MODEL
+    if name and (Path(name).exists() or name.startswith((".", "/", "~"))):
+        if not (Path(name) / "config.json").is_file():
+            raise UserError(f"--model {name}: expected a folder with config.json and model.safetensors")
+        return ModelSource(Path(name).resolve().name, "local", name, name, _read_config(name, name))
+    location = HUB_IDS.get(wanted, wanted)
+    try:
+        config = _read_config(location, wanted)
+    except UserError:
+        if name is not None:
+            raise
+        folder = str(packaged.encoder_folder())
+        source = packaged.ENCODER_WHEEL.requirement
+        return ModelSource(packaged.ENCODER_NAME, "packaged", source, folder, _read_config(folder, folder))
+    revision = getattr(config, "_commit_hash", None)
+    return ModelSource(wanted, "hub", f"{hub.endpoint()}/{location}@{revision}", location, config)
+
+
+def _read_config(location: str, name: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(location)
+    except Exception as error:  # the hub's clients raise errors of many libraries, some of them no OSError
+        if hub.offline() and not Path(location).exists():
+            reason = f"the hub ({hub.endpoint()}) cannot be reached and it is not in the local cache"
+        else:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        advice = "give a local folder, or leave --model out for the default"
+        raise UserError(f"--model {name}: {reason}; {advice}") from error
+
+
+def load_tokenizer(source: ModelSource, max_length: int | None) -> tuple[Any, int]:
+    """(tokenizer, most tokens a text may have). Raises UserError for more than the model's positions."""
+    tokenizer = AutoTokenizer.from_pretrained(source.location)
+    if not tokenizer.is_fast or tokenizer.pad_token_id is None:
+        raise UserError(f"--model {source.name}: expected a fast tokenizer with a padding token")
+    limit = min(tokenizer.model_max_length, getattr(source.config, "max_position_embeddings", 10**9))
+    if max_length is not None and max_length > limit:
+        raise UserError(f"--max_length: expected at most {limit}, the model's limit, got {max_length}")
+    return tokenizer, max_length or min(limit, LONGEST)
+
+
+def load_classifier(source: ModelSource, label_names: tuple[str, ...]) -> nn.Module:
+    """The encoder in fp32 under a fresh head of `len(label_names)` outputs, drawn from torch's generator."""
+    names = dict(enumerate(label_names))
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(
+            source.location,
+            num_labels=len(names),
+            id2label=names,
+            label2id={name: number for number, name in names.items()},
+            dtype=torch.float32,  # else a bf16 checkpoint would be trained in bf16
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"--model {source.name}: {str(error).strip().splitlines()[0]}") from error
+
+
+def encoder_fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the encoder's weights, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.base_model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float) -> nn.Module:
+    """`model` with a LoRA adapter on every linear layer of its encoder; only they and the head are trained.
+
+    (Hu et al. 2021, through PEFT: the output gains alpha / rank * B A x, and B starts at zero.)
+    """
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    prefix = model.base_model_prefix
+    linear = {name.rpartition(".")[2] for name, part in model.base_model.named_modules() if isinstance(part, nn.Linear)}
+    heads = [name for name, part in model.named_children() if name != prefix and any(True for _ in part.parameters())]
+    settings = LoraConfig(
+        task_type=TaskType.SEQ_CLS,
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        # A pattern that begins with the encoder's name, since heads have layers called `dense` too.
+        target_modules=rf"{prefix}\..*\.({'|'.join(sorted(linear))})",
+        modules_to_save=heads,
+    )
+    return get_peft_model(model, settings)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, total). PEFT's frozen second copy of the head is no part of the model and is not counted."""
+    named = [(name, p) for name, p in model.named_parameters() if ".original_module." not in name]
+    return sum(p.numel() for _, p in named if p.requires_grad), sum(p.numel() for _, p in named)
+
+
+def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of the weights that training changes, on the CPU: what must be kept of the best epoch."""
+    return {n: p.detach().to("cpu", copy=True) for n, p in model.named_parameters() if p.requires_grad}
+
+
+def load_trained_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Put back what `trained_state` took."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in state:
+                parameter.copy_(state[name])
+
+
+def save_model(model: nn.Module, tokenizer: Any, folder: Path, card: str) -> None:
+    """Weights (or the adapter with its head), tokenizer and model card, as transformers and PEFT read them."""
+    is_peft = hasattr(model, "peft_config")
+    # PEFT would ask the hub whether the base model's vocabulary was resized; it was not.
+    model.save_pretrained(folder, **({"save_embedding_layers": False} if is_peft else {}))
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(card, encoding="utf-8")

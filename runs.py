@@ -1,0 +1,280 @@
+"""What every run does before and after its own work: find model and data, make the run folder, write its records.
+
+The records in the run folder are the truth; reports, pictures and both trackers are made from them.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+import models
+from config import TrainConfig, UserError
+from data import TextData, TokenSplit, load_data, tokenize
+from metrics import METRICS
+
+PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate", "scikit-learn", "tokenizers", "numpy")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run works on."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    precision: str  # "fp32" or "bf16"
+    source: models.ModelSource
+    tokenizer: Any
+    max_length: int
+    data: TextData
+    splits: dict[str, TokenSplit]
+    model: nn.Module
+
+
+def prepare(config: TrainConfig) -> Job:
+    """Find everything the run needs, and say what stands in for what. Nothing is written but caches."""
+    source = models.find_model(config.model)
+    tokenizer, max_length = models.load_tokenizer(source, config.max_length)
+    accelerator, precision = open_device(config.device, config.precision)
+    with accelerator.main_process_first():
+        data = load_data(config.dataset, config.dataset_dir, config.limit, config.seed)
+        _announce(source, data, accelerator, precision)
+        splits = tokenize(data, tokenizer, max_length)
+    torch.manual_seed(config.seed)  # decides the new head, the adapters, and every dropout from here on
+    model = models.load_classifier(source, data.label_names)
+    return Job(config, accelerator, precision, source, tokenizer, max_length, data, splits, model)
+
+
+def _announce(source: models.ModelSource, data: TextData, accelerator: Accelerator, precision: str) -> None:
+    if not accelerator.is_main_process:
+        return
+    stand_ins = [what for what in (source, data) if what.kind == "packaged"]
+    if stand_ins:
+        names = " and ".join(f"{what.name} from {what.source}" for what in stand_ins)
+        _say(f"*** The Hugging Face hub cannot be reached: using the packaged default, {names}. ***")
+    if data.kind == "packaged":
+        _say("*** These reviews are near the hub's rotten_tomatoes, not the same rows: do not compare across. ***")
+    rows = " / ".join(f"{len(split):,}" for split in data.splits.values())
+    _say(f"model  {source.name}\ndata   {data.name}: {rows} rows (train / validation / test)")
+    _say(f"       classes: {', '.join(data.label_names)}\ndevice {accelerator.device}, {precision}")
+    for note in data.notes:
+        _say(f"note: {note}")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def open_device(device: str, precision: str) -> tuple[Accelerator, str]:
+    """The accelerator for `--device`, and the precision `auto` means there. UserError if it is not there."""
+    cuda = torch.cuda.is_available()
+    kind = ("cuda" if cuda else "cpu") if device == "auto" else device.partition(":")[0]
+    there = {"cpu": 1, "cuda": torch.cuda.device_count() if cuda else 0, "mps": int(torch.mps.is_available())}
+    if int(device.partition(":")[2] or 0) >= there[kind]:
+        raise UserError(f"--device {device}: no such device; torch {torch.__version__} sees {there}")
+    if ":" in device or kind == "mps":
+        os.environ["ACCELERATE_TORCH_DEVICE"] = device
+    accelerator = Accelerator(cpu=kind == "cpu", mixed_precision="no")  # the loop casts for itself
+    if precision == "auto":
+        precision = "bf16" if _native_bf16(kind) else "fp32"
+    return accelerator, precision
+
+
+def _native_bf16(kind: str) -> bool:
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = torch.cpu.get_capabilities() if kind == "cpu" else {}
+    return any(found.get(feature) for feature in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def create_run_dir(config: TrainConfig, dataset: str) -> Path:
+    """A new folder `<dataset>-<method>-<lr>-seed<seed>[-N]` in `output_dir`; never one that exists."""
+    dataset = dataset.removesuffix(" (packaged)").replace("/", "--")
+    parts = [dataset, config.method]
+    if config.peft:
+        parts.append(f"r{config.lora_r}")
+    if config.mode == "finetune":
+        parts.append(f"{config.lr:g}".replace("e-0", "e-"))
+    stem = "-".join([*parts, f"seed{config.seed}"])
+    root = Path(config.output_dir)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        number = 1
+        while True:
+            folder = root / (stem if number == 1 else f"{stem}-{number}")
+            try:
+                folder.mkdir()  # fails if it exists, so two runs of the same second get two folders
+                return folder
+            except FileExistsError:
+                number += 1
+    except OSError as error:
+        raise UserError(f"--output_dir {root}: cannot be written: {error.strerror or error}") from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write beside `path`, flush to the disk, rename: a reader sees the old file or the whole new one."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.chmod(file.name, 0o644)  # a temporary file is private, a record is not
+    os.replace(file.name, path)
+
+
+def describe(job: Job) -> dict[str, Any]:
+    """What config.json holds: the whole config, versions, git commit, and where model and data came from."""
+    data, source = job.data, job.source
+    return {
+        "config": asdict(job.config),
+        "method": job.config.method,
+        "model": {
+            "name": source.name,
+            "kind": source.kind,
+            "source": source.source,
+            "fingerprint": models.encoder_fingerprint(job.model),
+        },
+        "data": {
+            "name": data.name,
+            "kind": data.kind,
+            "source": data.source,
+            "labels": list(data.label_names),
+            "rows": {name: len(rows) for name, rows in data.splits.items()},
+            "fingerprints": data.fingerprints,
+            "notes": list(data.notes),
+        },
+        "max_length": job.max_length,
+        "precision": job.precision,
+        "device": device_name(job.accelerator.device),
+        "processes": job.accelerator.num_processes,
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "git_commit": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    """The tool's own commit, with a + if files were changed since; None where there is no git."""
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def write_outcome(job: Job, run_dir: Path, result: dict[str, Any], probabilities: np.ndarray) -> None:
+    """predictions.jsonl (one test row a line), then result.json, last of all: it marks a finished run."""
+    names = job.data.label_names
+    with open(run_dir / "predictions.jsonl", "w", encoding="utf-8") as file:
+        texts, labels = job.data.splits["test"]["text"], job.splits["test"].labels
+        for text, label, row in zip(texts, labels, probabilities, strict=True):
+            prediction = {
+                "text": text,
+                "label": names[label],
+                "prediction": names[row.argmax()],
+                "probability": float(row.max()),
+                "probabilities": dict(zip(names, map(float, row))),
+            }
+            file.write(json.dumps(prediction, ensure_ascii=False) + "\n")
+    write_json(run_dir / "result.json", result)
+    print(summary(result))
+    print(f"run folder: {run_dir}")
+
+
+def model_card(record: dict[str, Any], scores: dict[str, Any]) -> str:
+    """README.md of the saved model: base and its source, data, metrics with intervals, limits."""
+    model, data, test = record["model"], record["data"], scores["test"]
+    rows = [
+        f"| {name} | {test[name]:.4f} | {test[f'{name}_interval'][0]:.4f} to {test[f'{name}_interval'][1]:.4f} |"
+        for name in METRICS
+    ]
+    return "\n".join(
+        [
+            "---",
+            "library_name: " + ("peft" if record["method"] == "lora" else "transformers"),
+            "pipeline_tag: text-classification",
+            "---",
+            f"# {model['name']}, fine-tuned ({record['method']}) on {data['name']}",
+            "",
+            f"- Base: {model['name']} ({model['source']}); its license holds for these weights too.",
+            f"- Data: {data['name']} ({data['source']}), rows {data['rows']}; classes: {', '.join(data['labels'])}.",
+            f"- Best epoch, chosen by validation accuracy: {record['best_epoch']} of {record['config']['epochs']}.",
+            "",
+            f"| test ({test['rows']} rows) | value | 95% interval over rows |",
+            "|---|---|---|",
+            *rows,
+            "",
+            "One run with one seed: another seed gives another number. Short English reviews only; not checked for",
+            "bias, and not for decisions about people.",
+            "",
+        ]
+    )
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The end of a run in a few lines, for a person."""
+    lines = [f"{'':11}{'rows':>6}  {'loss':>6}  accuracy (95%)       precision  recall     f1"]
+    for split in ("val", "test"):
+        got = result[split]
+        low, high = got["accuracy_interval"]
+        lines.append(
+            f"{split:11}{got['rows']:6d}  {got['loss']:6.4f}  {got['accuracy']:.4f} ({low:.3f}-{high:.3f})"
+            f"{got['precision']:11.4f}{got['recall']:9.4f}{got['f1']:9.4f}"
+        )
+    return "\n".join(lines)
+
+
+def device_name(device: torch.device) -> str:
+    """cuda: the card's name; cpu: the processor's, as the system gives it, and the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
+    return f"{name} ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
+
+
+class PeakMemory:
+    """Peak memory of this process from when it was made: bytes allocated on a GPU, else resident in RAM."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        self.start = self._now()
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
+
+    def _now(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device)
+        return self._status("VmRSS") or 0
+
+    def peak(self) -> int:
+        """Bytes. Without /proc (macOS), the peak since the process began."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        if found := self._status("VmHWM"):
+            return found
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    @staticmethod
+    def _status(key: str) -> int | None:
+        try:
+            lines = Path("/proc/self/status").read_text().splitlines()
+        except OSError:
+            return None
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":")), None)

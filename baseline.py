@@ -29,13 +29,13 @@ C_GRID = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 1.0)
 BATCH_SIZE = 64
 
 
-def run_baseline(config: TrainConfig) -> Path:
+def run_baseline(config: TrainConfig, source: models.ModelSource) -> Path:
     """Embed, choose C on validation, score test once. Returns the run folder."""
-    job = runs.prepare(config)
+    job = runs.prepare(config, source)
     record = runs.describe(job)
     memory, started = runs.PeakMemory(job.accelerator.device), time.perf_counter()
     features, labels = {}, {name: split.labels for name, split in job.splits.items()}
-    for name, split in job.splits.items():
+    for name in job.splits:
         content = (job.data.fingerprints[name], record["model"]["fingerprint"], job.max_length, job.precision)
         features[name] = cached_embeddings(job, name, "|".join(map(str, content)))
     classifier, best_c = fit(features, labels, config.seed)
@@ -86,7 +86,7 @@ def cached_embeddings(job: runs.Job, name: str, content: str) -> np.ndarray:
     file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_suffix(f".{os.getpid()}.npy")
     np.save(scratch, found)
-    os.replace(scratch, file)
+    scratch.replace(file)
     return found
 
 

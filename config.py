@@ -19,6 +19,14 @@ MODES = ("finetune", "baseline", "report")
 class UserError(ValueError):
     """Something the user can put right. `main` shows it as one line and exits with code 2."""
 
+    def __str__(self) -> str:
+        return one_line(super().__str__())
+
+
+def one_line(message: str) -> str:
+    """The message without line breaks, which names and values from outside may bring along."""
+    return " ".join(message.splitlines())
+
 
 def flag(default: Any, group: str, help: str, **argparse_options: Any) -> Any:
     """A dataclass field that is also a command-line flag."""
@@ -100,6 +108,9 @@ class TrainConfig:
         _require(self.seed < 2**32, "seed", self.seed, "a whole number below 2**32")
         known_device = re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device)
         _require(known_device is not None, "device", self.device, "auto, cpu, cuda, cuda:N or mps")
+        for name in ("dataset", "dataset_dir", "model", "project", "output_dir", "plots_dir"):
+            value = getattr(self, name)
+            _require(value is None or value.strip(), name, value, "a name or a path")
         if self.peft and self.mode != "finetune":
             raise UserError("--peft goes with --finetune")
 
@@ -109,7 +120,7 @@ class TrainConfig:
         return "baseline" if self.mode == "baseline" else "lora" if self.peft else "full"
 
 
-def _require(ok: bool, name: str, value: Any, expected: str) -> None:
+def _require(ok: Any, name: str, value: Any, expected: str) -> None:
     if not ok:
         raise UserError(f"--{name}: expected {expected}, got {value!r}")
 
@@ -117,7 +128,21 @@ def _require(ok: bool, name: str, value: Any, expected: str) -> None:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line on stderr and exit code 2: the usage text would bury what went wrong."""
-        self.exit(2, f"error: {message} (see python main.py --help)\n")
+        self.exit(2, f"error: {one_line(message)} (see python main.py --help)\n")
+
+
+def _whole_number(word: str) -> int:
+    try:
+        return int(word)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {word!r}") from None
+
+
+def _number(word: str) -> float:
+    try:
+        return float(word)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {word!r}") from None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -130,6 +155,8 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Flags are also understood with hyphens: --batch-size is --batch_size.",
         allow_abbrev=False,
     )
+    parser.register("type", int, _whole_number)
+    parser.register("type", float, _number)
     modes = parser.add_argument_group("modes (exactly one)").add_mutually_exclusive_group()
     modes.add_argument("--finetune", action="store_true", help="fine-tune the whole encoder; with --peft, LoRA")
     modes.add_argument("--baseline", action="store_true", help="fit a LinearSVC on frozen CLS embeddings")
@@ -170,8 +197,9 @@ def parse_args(argv: list[str] | None = None) -> TrainConfig:
 
 
 def _with_underscores(word: str) -> str:
-    """--batch-size=8 -> --batch_size=8; values and --no-comet stay as they are."""
-    if not word.startswith("--") or word.startswith("--no-"):
+    """--batch-size=8 -> --batch_size=8 and --no_comet -> --no-comet, as argparse spells it; values stay as they are."""
+    if not word.startswith("--"):
         return word
     name, equals, value = word[2:].partition("=")
-    return "--" + name.replace("-", "_") + equals + value
+    name = name.replace("-", "_")
+    return "--" + ("no-" + name[3:] if name.startswith("no_") else name) + equals + value

@@ -1,7 +1,9 @@
 """From a data set's name, folder or file to token ids, and the batches drawn from them."""
 
 import hashlib
+import os
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,25 +12,16 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 
 import hub
 import packaged
 from config import DEFAULT_DATASET, UserError
+from labels import missing_classes, number_classes
+from readers import ENDINGS, brief, choose_columns, read_file
 
-TEXT_COLUMNS = ("text", "sentence", "review", "content", "tweet", "comment", "body")
-LABEL_COLUMNS = ("label", "labels", "sentiment", "class", "category", "target")
 SPLIT_NAMES = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation"}
 SPLIT_NAMES |= {"dev": "validation", "test": "test"}
-READERS: dict[str, tuple[str, dict[str, Any]]] = {
-    # keep_default_na: a review that reads "NA" or "null" is a text, not a missing value
-    ".csv": ("csv", {"keep_default_na": False}),
-    ".tsv": ("csv", {"keep_default_na": False, "sep": "\t"}),
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
-    ".parquet": ("parquet", {}),
-}
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 2000
 POOL_BATCHES = 64
 
@@ -101,15 +94,24 @@ def load_data(dataset: str | None, dataset_dir: str | None, limit: int | None, s
 
     Raises UserError where it cannot be found or read.
     """
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     name, kind, source, raw = _read(dataset, dataset_dir)
     known = KNOWN.get(name.removesuffix(" (packaged)"))
     notes: list[str] = []
-    splits = {split: _two_columns(rows, source, split) for split, rows in raw.items()}
-    splits, label_names = _with_class_ids(splits, source, known, notes)
+    if "train" not in raw:
+        raise UserError(f"{source}: expected a training split called train, found {brief(list(raw))}")
+    splits = {
+        split: _two_columns(raw[split], source, split) for split in ("train", "validation", "test") if split in raw
+    }
+    splits, label_names = number_classes(splits, source, known.label_names if known else (), notes)
     splits = _three_splits(splits, source, notes)
+    notes += missing_classes(splits, label_names) + _overlaps(splits)
     if limit is not None and limit < len(splits["train"]):
         chosen = np.random.default_rng(seed).permutation(len(splits["train"]))[:limit]
         splits["train"] = splits["train"].select(np.sort(chosen))
+        if len(set(splits["train"]["label"][:])) < 2:
+            raise UserError(f"--limit: expected enough rows to draw two classes, got {limit}")
     fingerprints = {split: _fingerprint(rows) for split, rows in splits.items()}
     return TextData(name, source, kind, splits, label_names, tuple(notes), fingerprints)
 
@@ -125,11 +127,15 @@ def _fingerprint(rows: datasets.Dataset) -> str:
 def _read(dataset: str | None, dataset_dir: str | None) -> tuple[str, str, str, dict[str, datasets.Dataset]]:
     """(name, kind, source, raw splits), looked for as DESIGN says: the user's files, the hub, the packaged default."""
     name = dataset or DEFAULT_DATASET
-    local = Path(dataset_dir) / name if dataset_dir and not Path(name).exists() else Path(name)
-    if dataset and local.exists() or dataset_dir and local.is_dir():
-        return local.resolve().name.split(".")[0], "local", str(local), _read_files(local)
-    if Path(name).suffix in READERS or name.startswith((".", "/", "~")):
-        raise UserError(f"--dataset: no such file or folder: {name}")
+    if dataset_dir and not os.path.isdir(dataset_dir):  # noqa: PTH112 - never raises
+        raise UserError(f"--dataset_dir: expected a folder, found none at {dataset_dir}")
+    places = [Path(dataset_dir, name)] if dataset_dir else []
+    places += [Path(name)] if dataset else []
+    if local := next((place for place in places if os.path.exists(place)), None):  # noqa: PTH110 - never raises
+        whole = local.resolve()
+        return whole.stem if whole.is_file() else whole.name or "data", "local", str(local), _read_files(local)
+    if Path(name).suffix.lower() in ENDINGS or name.startswith((".", "/", "~")):
+        raise UserError(f"--dataset: expected a file, a folder or a data set's name, found nothing at {name}")
     hub_id = KNOWN[name].hub_id if name in KNOWN else name
     try:
         raw = datasets.load_dataset(hub_id)
@@ -155,77 +161,34 @@ def _hub_failure(what: str, name: str, error: Exception) -> str:
 
 def _read_files(path: Path) -> dict[str, datasets.Dataset]:
     """A file is one split called train; a folder holds files named after their splits."""
-    files: dict[str, list[str]] = {}
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        split = re.match(r"(?:train|validation|valid|val|dev|test)(?![a-z])", file.name.lower())
-        if file.suffix in READERS and (split or file == path):
-            files.setdefault(SPLIT_NAMES[split[0]] if split and file != path else "train", []).append(str(file))
-    endings = {Path(name).suffix for names in files.values() for name in names}
-    if "train" not in files or len(endings) != 1:
-        expected = "train, validation and test files of one kind, such as train.csv, or one file"
-        raise UserError(f"--dataset {path}: expected {expected} ({' '.join(READERS)})")
-    reader, options = READERS[endings.pop()]
+    files: dict[str, list[Path]] = {}
     try:
-        return dict(datasets.load_dataset(reader, data_files=files, **options))
-    except Exception as error:  # pandas, pyarrow and datasets each raise their own
-        reason = str(error.__cause__ or error).strip().splitlines()
-        raise UserError(f"--dataset {path}: cannot be read: {reason[0] if reason else error!r}") from error
+        seen = sorted(path.iterdir()) if path.is_dir() else [path]
+    except OSError as error:
+        raise UserError(f"--dataset {path}: cannot be read: {error.strerror}") from error
+    for file in seen:
+        split = re.match(r"(?:train|validation|valid|val|dev|test)(?![a-z])", file.name.lower())
+        if file.suffix.lower() in ENDINGS and (split or file == path):
+            files.setdefault(SPLIT_NAMES[split[0]] if split and file != path else "train", []).append(file)
+    endings = {file.suffix.lower() for some in files.values() for file in some}
+    if "train" not in files or len(endings) != 1:
+        expected = f"one file ({' '.join(ENDINGS)}) or a folder of train, validation and test files of one kind"
+        raise UserError(f"--dataset {path}: expected {expected}, found {brief([file.name for file in seen])}")
+    splits = {}
+    for split, some in files.items():
+        try:
+            table = pa.concat_tables([read_file(file) for file in some], promote_options="permissive")
+        except pa.ArrowException as error:
+            raise UserError(f"{path} ({split}): expected files with the same columns: {brief(str(error))}") from error
+        splits[split] = datasets.Dataset(table, fingerprint="unused")  # its own would hash every text
+    return splits
 
 
 def _two_columns(rows: datasets.Dataset, source: str, split: str) -> datasets.Dataset:
     """Only the text and the label column, under those names."""
-    chosen = {}
-    for wanted, names in (("text", TEXT_COLUMNS), ("label", LABEL_COLUMNS)):
-        column = next((name for name in names if name in rows.column_names), None)
-        if column is None:
-            raise UserError(f"{source} ({split}): expected a column {' or '.join(names)}, found {rows.column_names}")
-        chosen[column] = wanted
+    text, label = choose_columns(rows.column_names, f"{source} ({split})")
+    chosen = {text: "text", label: "label"}
     return rows.select_columns(list(chosen)).rename_columns({k: v for k, v in chosen.items() if k != v})
-
-
-def _with_class_ids(
-    splits: dict[str, datasets.Dataset], source: str, known: Known | None, notes: list[str]
-) -> tuple[dict[str, datasets.Dataset], tuple[str, ...]]:
-    """Drop rows without text or label, and number the classes 0 .. n-1 in the order of their names.
-
-    Integer labels keep their order; -1 is the hub's mark for 'not published' and counts as missing.
-    """
-    feature = splits["train"].features["label"]
-    kept = {}
-    for split, rows in splits.items():
-        text, label = rows.data.column("text"), rows.data.column("label")
-        ok = pc.and_(pc.is_valid(label), pc.is_valid(text))
-        ok = pc.and_(ok, pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(pc.fill_null(text, ""))), 0))
-        if pa.types.is_integer(label.type):
-            ok = pc.and_(ok, pc.greater_equal(pc.fill_null(label, -1), 0))
-        found = np.flatnonzero(ok.to_numpy())
-        if len(found) < len(rows):
-            notes.append(f"{split}: {len(rows) - len(found)} of {len(rows)} rows have no text or no label: dropped")
-            rows = rows.select(found)
-        if len(rows):
-            kept[split] = rows
-    if "train" not in kept:
-        raise UserError(f"{source}: the training split has no row with a text and a label")
-    values = sorted(set().union(*(rows.unique("label") for rows in kept.values())))
-    if isinstance(feature, datasets.ClassLabel):
-        return kept, tuple(feature.names)
-    if len(values) < 2:
-        raise UserError(f"{source}: expected at least two classes, found only {values}")
-    ids = {value: number for number, value in enumerate(values)}
-    if values != list(range(len(values))):
-        column = datasets.Value("int64")
-        features = datasets.Features({"text": datasets.Value("string"), "label": column})
-        kept = {
-            split: rows.map(
-                lambda batch: {"label": [ids[value] for value in batch["label"]]},
-                batched=True,
-                features=features,
-                desc="numbering the classes",
-            )
-            for split, rows in kept.items()
-        }
-    readable = known.label_names if known and values == list(range(len(known.label_names))) else map(str, values)
-    return kept, tuple(readable)
 
 
 def _three_splits(splits: dict[str, datasets.Dataset], source: str, notes: list[str]) -> dict[str, datasets.Dataset]:
@@ -233,7 +196,7 @@ def _three_splits(splits: dict[str, datasets.Dataset], source: str, notes: list[
 
     A validation split without a test split becomes the test set (SST-2's test labels are not public).
     """
-    splits = {name: rows for name, rows in splits.items() if name in ("train", "validation", "test")}
+    classes = set(splits["train"]["label"][:])
     if "test" not in splits and "validation" in splits:
         splits["test"] = splits.pop("validation")
         notes.append("no labelled test split: the validation split is the test set")
@@ -241,25 +204,42 @@ def _three_splits(splits: dict[str, datasets.Dataset], source: str, notes: list[
         if name not in splits:
             splits["train"], splits[name] = _hold_out(splits["train"])
             notes.append(f"{name}: {len(splits[name])} rows held out of train")
-    if not len(splits["train"]) or not len(splits["validation"]) or not len(splits["test"]):
-        raise UserError(f"{source}: too few rows to hold out validation and test rows")
+    all_there = classes == set(splits["train"]["label"][:])
+    if not (all_there and len(splits["validation"]) and len(splits["test"])):
+        raise UserError(f"{source} (train): expected enough rows of each class to hold some out, found too few")
     return {name: splits[name] for name in ("train", "validation", "test")}
+
+
+def _overlaps(splits: dict[str, datasets.Dataset]) -> list[str]:
+    """A warning for each split with texts that an earlier one has: they flatter the scores."""
+    warnings = []
+    earlier = {text.strip() for text in splits["train"]["text"][:]}
+    for split in ("validation", "test"):
+        texts = [text.strip() for text in splits[split]["text"][:]]
+        if copies := sum(text in earlier for text in texts):
+            where = "train" if split == "validation" else "train or validation"
+            warnings.append(f"leakage: {copies} of {len(texts)} {split} texts are also in {where}")
+        earlier.update(texts)
+    return warnings
 
 
 def _hold_out(rows: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Dataset]:
     """(rest, held out): a tenth of each class, 2,000 rows in all at most, by the SHA-256 of the text.
 
     The rule knows neither the seed nor the order of the rows, so every run and every machine holds out the same
-    texts; copies of a text have the same hash and stay together.
+    texts; copies of a text have the same hash and stay together. No class is held out whole.
     """
-    labels = np.asarray(rows["label"])
-    hashes = np.array([hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:8] for text in rows["text"]])
+    labels = np.asarray(rows["label"][:])
+    hashes = np.array(
+        [int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) for text in rows["text"][:]], np.uint64
+    )
     share = min(HELD_OUT_SHARE, HELD_OUT_MOST / len(rows))
     held_out = np.zeros(len(rows), bool)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
         last = np.sort(hashes[members])[max(1, round(share * len(members))) - 1]
-        held_out[members] = hashes[members] <= last
+        held_out[members] = hashes[members] <= min(last, hashes[members].max() - np.uint64(1))
+    held_out = np.isin(hashes, hashes[held_out])  # copies under another label, too
     return rows.select(np.flatnonzero(~held_out)), rows.select(np.flatnonzero(held_out))
 
 
@@ -268,7 +248,10 @@ def tokenize(data: TextData, tokenizer: Any, max_length: int) -> dict[str, Token
     tokenizer("", truncation=True, max_length=max_length)  # its first use changes its settings, so: use, then read
     settings = tokenizer.backend_tokenizer.to_str()
     folder = packaged.cache_dir() / "tokens"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the tokenised texts cannot be written to {folder}: {error.strerror}") from error
 
     def encode(rows: dict[str, list]) -> dict[str, list]:
         ids = tokenizer(rows["text"], truncation=True, max_length=max_length)["input_ids"]

@@ -4,6 +4,7 @@ The clients retry for about 23 s a call and read HF_HUB_OFFLINE when they are im
 settled first, in at most five seconds.
 """
 
+import http.client
 import os
 import threading
 import urllib.error
@@ -19,7 +20,8 @@ def endpoint() -> str:
 
 def offline() -> bool:
     """Whether the hub's clients will answer from their local cache alone."""
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+    chosen = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
+    return chosen.upper() in {"1", "ON", "YES", "TRUE"}
 
 
 def go_offline_if_unreachable() -> None:
@@ -33,13 +35,13 @@ def answers(url: str, timeout_s: float = TIMEOUT_S) -> bool:
     found = threading.Event()
 
     def ask() -> None:
-        request = urllib.request.Request(url, method="HEAD")
         try:
+            request = urllib.request.Request(url, method="HEAD")
             urllib.request.urlopen(request, timeout=timeout_s).close()
         except urllib.error.HTTPError as error:
             if error.code >= 500:
                 return
-        except (OSError, ValueError):
+        except (OSError, ValueError, http.client.HTTPException):
             return
         found.set()
 

@@ -31,14 +31,17 @@ def dispatch(config: TrainConfig) -> None:
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     hub.go_offline_if_unreachable()  # before the hub's clients are imported
+    import models
+
+    source = models.find_model(config.model)  # before the slower imports, so that a wrong name is told soon
     if config.mode == "baseline":
         from baseline import run_baseline
 
-        run_baseline(config)
+        run_baseline(config, source)
     else:
         from train import finetune
 
-        finetune(config)
+        finetune(config, source)
 
 
 if __name__ == "__main__":

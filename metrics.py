@@ -1,8 +1,6 @@
 """Classification metrics and their 95% intervals, from predictions alone."""
 
 import numpy as np
-from scipy import stats
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 RESAMPLES = 10_000
 METRICS = ("accuracy", "precision", "recall", "f1")
@@ -14,6 +12,8 @@ def classification_metrics(labels: np.ndarray, predicted: np.ndarray, num_classe
     Two classes: of class 1, the positive one. More: the unweighted (macro) mean over the classes. A ratio with
     nothing in its denominator counts as 0. From scikit-learn's precision_recall_fscore_support.
     """
+    from sklearn.metrics import precision_recall_fscore_support  # here, since it takes a second to import
+
     binary = num_classes == 2
     precision, recall, f1, _ = precision_recall_fscore_support(
         labels,
@@ -35,6 +35,9 @@ def intervals(
     0 and 1; the rest the percentile bootstrap. Resampling rows is drawing the cells of the confusion matrix
     from a multinomial, so 10,000 resamples take milliseconds. The draw is fixed: the same rows, the same interval.
     """
+    from scipy import stats
+    from sklearn.metrics import confusion_matrix
+
     matrix = confusion_matrix(labels, predicted, labels=range(num_classes))
     draws = np.random.default_rng(0).multinomial(matrix.sum(), matrix.ravel() / matrix.sum(), RESAMPLES)
     resampled = _from_confusion(draws.reshape(RESAMPLES, num_classes, num_classes))

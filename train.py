@@ -16,14 +16,12 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import get_linear_schedule_with_warmup
 
 import models
 import runs
 from config import TrainConfig
 from data import Batch, TokenSplit, epoch_steps, sorted_batches
 from metrics import score, score_with_intervals
-from report import draw_curves
 from tracking import Logger, NullLogger, open_logger
 
 EVAL_BATCH_SIZE = 64
@@ -43,9 +41,9 @@ class Progress:
     best_state: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def finetune(config: TrainConfig) -> Path:
+def finetune(config: TrainConfig, source: models.ModelSource) -> Path:
     """Train, keep the best epoch by validation accuracy, score test once. Returns the run folder."""
-    job = runs.prepare(config)
+    job = runs.prepare(config, source)
     accelerator, model = job.accelerator, job.model
     record = runs.describe(job)  # before LoRA renames the encoder's weights
     if config.peft:
@@ -62,7 +60,7 @@ def finetune(config: TrainConfig) -> Path:
         loader = partial(epoch_steps, rows.lengths, config.batch_size, config.gradient_accumulation_steps, config.seed)
         steps = sum(1 for _ in loader(0))
         warmup = int(config.warmup_ratio * config.epochs * steps)
-        schedule = get_linear_schedule_with_warmup(optimizer, warmup, config.epochs * steps)
+        schedule = linear_schedule(optimizer, warmup, config.epochs * steps)
         ready = accelerator.prepare_model(model)
         forward = make_forward(ready, job.precision)
         memory, progress = runs.PeakMemory(accelerator.device), Progress()
@@ -120,6 +118,18 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.op
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=lr, fused=trained[0].device.type in ("cpu", "cuda"))
+
+
+def linear_schedule(optimizer: torch.optim.Optimizer, warmup: int, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """The rate rises from 0 over `warmup` steps, then falls to 0 at `steps`.
+
+    As transformers' get_linear_schedule_with_warmup, whose import costs seconds.
+    """
+
+    def factor(step: int) -> float:
+        return step / warmup if step < warmup else (steps - step) / max(1, steps - warmup)
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def make_forward(model: nn.Module, precision: str) -> Forward:
@@ -260,6 +270,8 @@ def finish(
     job: runs.Job, model: nn.Module, forward: Forward, run_dir: Path, logger: Logger, record: dict[str, Any]
 ) -> None:
     """Score validation and test with the best weights, and write what a finished run leaves: result.json last."""
+    from report import draw_curves  # here, since matplotlib takes a second to import
+
     model.eval()
     scores = {}
     for name, split in (("val", job.splits["validation"]), ("test", job.splits["test"])):

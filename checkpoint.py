@@ -1,0 +1,118 @@
+"""Checkpoints: on disk whole or not at all, and checked before they are believed.
+
+A checkpoint is one nested dict of tensors and plain values. It is written to a folder beside its place, flushed to
+the disk, and renamed; a manifest with the SHA-256 of its files tells a whole one. Nothing is pickled.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from config import UserError
+
+KEEP = 2  # the newest, and one to fall back on
+TENSORS, VALUES, MANIFEST = "tensors.safetensors", "values.json", "manifest.json"
+
+
+class DamagedError(Exception):
+    """A checkpoint that is not as it was written; the message names file and fault."""
+
+
+def save(root: Path, step: int, state: dict[str, Any]) -> Path:
+    """Write `state` as `root/step-<step>` and drop all but the newest checkpoints. OSError if the disk is full."""
+    tensors: dict[str, torch.Tensor] = {}
+    values = _pack(state, tensors, "")
+    folder, scratch = root / f"step-{step}", root / f".step-{step}.tmp"
+    for leftover in (*root.glob(".step-*.tmp"), folder):
+        shutil.rmtree(leftover, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    save_file(tensors, scratch / TENSORS)
+    (scratch / VALUES).write_text(json.dumps(values))
+    hashes = {name: _sha256(scratch / name) for name in (TENSORS, VALUES)}
+    (scratch / MANIFEST).write_text(json.dumps(hashes, indent=2))
+    for name in (TENSORS, VALUES, MANIFEST):
+        _flush(scratch / name)
+    _flush(scratch)
+    scratch.rename(folder)
+    _flush(root)
+    for old in _by_age(root)[KEEP:]:
+        shutil.rmtree(old)
+    return folder
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """The dict given to `save`, tensors on the CPU. Raises DamagedError where anything differs from the manifest."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        for name in (TENSORS, VALUES):
+            if _sha256(folder / name) != manifest[name]:
+                raise DamagedError(f"{folder / name} is not as it was written")
+        values = json.loads((folder / VALUES).read_text())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedError(f"{folder}: {error}") from error
+    return _unpack(values, load_file(folder / TENSORS))
+
+
+def newest_whole(root: Path) -> dict[str, Any] | None:
+    """The newest checkpoint that is as it was written; a warning for each damaged one; None if there is none.
+
+    Raises UserError if all are damaged. Nothing is deleted.
+    """
+    folders = _by_age(root)
+    for folder in folders:
+        try:
+            return load(folder)
+        except DamagedError as error:
+            print(f"warning: damaged checkpoint, using the one before: {error}", file=sys.stderr)
+    if folders:
+        raise UserError(f"every checkpoint in {root} is damaged; start a new run")
+    return None
+
+
+def _by_age(root: Path) -> list[Path]:
+    """Checkpoint folders, newest first."""
+    found = [path for path in root.glob("step-*") if path.name[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """To the disk: without it a power cut can leave a renamed but empty file."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _pack(value: Any, tensors: dict[str, torch.Tensor], path: str) -> Any:
+    """`value` as JSON can hold it, with its tensors moved to `tensors` under their paths."""
+    if isinstance(value, torch.Tensor):
+        tensors[path] = value.detach().cpu().contiguous()
+        return {"tensor": path}
+    if isinstance(value, dict):  # as pairs, since JSON would turn whole-number keys into text
+        return {"dict": [[key, _pack(item, tensors, f"{path}/{key}")] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        return {"list": [_pack(item, tensors, f"{path}/{number}") for number, item in enumerate(value)]}
+    return value
+
+
+def _unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        return tensors[value["tensor"]]
+    if "dict" in value:
+        return {key: _unpack(item, tensors) for key, item in value["dict"]}
+    return [_unpack(item, tensors) for item in value["list"]]

@@ -1,0 +1,82 @@
+"""The linear baseline: its embeddings, its cache, its choice of C and its probabilities."""
+
+import numpy as np
+import torch
+from conftest import read_json, read_lines
+from safetensors.numpy import load_file
+
+
+def test_it_leaves_the_records_of_a_run_and_the_second_is_the_same(cli, monkeypatch):
+    import baseline
+
+    assert cli("--baseline")[0] == 0
+
+    def embed_again(*_):
+        raise AssertionError("the cache was not used")
+
+    monkeypatch.setattr(baseline, "cls_embeddings", embed_again)
+    assert cli("--baseline")[0] == 0
+    first, second = (read_json(run / "result.json") for run in sorted(cli.runs.iterdir()))
+    assert first["test"] == second["test"] and first["val"] == second["val"]
+    assert first["val"].keys() == first["test"].keys() >= {"loss", "accuracy", "precision", "recall", "f1"}
+    assert first["test"]["accuracy"] > 0.6
+
+
+def test_multi_class(cli):
+    assert cli("--baseline", dataset="ag_news")[0] == 0
+    (run,) = cli.runs.iterdir()
+    rows, result = read_lines(run / "predictions.jsonl"), read_json(run / "result.json")
+    assert len(rows[0]["probabilities"]) == 4
+    assert result["trainable_parameters"] == 4 * 16 + 4
+
+
+def test_embeddings_are_the_last_hidden_state_at_cls(tiny_model, tiny_data):
+    from baseline import cls_embeddings
+    from data import load_data, tokenize
+    from models import find_model, load_classifier, load_tokenizer
+
+    source = find_model(str(tiny_model))
+    tokenizer, _ = load_tokenizer(source, None)
+    data = load_data(str(tiny_data / "rotten_tomatoes"), None, None, 0)
+    split = tokenize(data, tokenizer, 512)["test"]
+    encoder = load_classifier(source, data.label_names).base_model.eval()
+    got = cls_embeddings(encoder, split, torch.device("cpu"), "fp32")
+    with torch.no_grad():
+        for row, text in enumerate(data.splits["test"]["text"]):
+            alone = encoder(**tokenizer(text, return_tensors="pt")).last_hidden_state[0, 0]
+            np.testing.assert_allclose(got[row], alone, atol=1e-5)
+
+
+def test_the_saved_linear_map_gives_the_recorded_probabilities(cli, tiny_model):
+    """model/ holds the encoder and one linear layer: softmax(weight @ CLS + bias)."""
+    from transformers import AutoModel, AutoTokenizer
+
+    cli("--baseline", "--precision", "fp32")
+    (run,) = cli.runs.iterdir()
+    layer = load_file(run / "model" / "linear.safetensors")
+    encoder = AutoModel.from_pretrained(run / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    for row in read_lines(run / "predictions.jsonl")[:5]:
+        with torch.no_grad():
+            cls = encoder(**tokenizer(row["text"], return_tensors="pt")).last_hidden_state[0, 0].double().numpy()
+        logits = layer["weight"] @ cls + layer["bias"]
+        probabilities = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+        np.testing.assert_allclose(probabilities, list(row["probabilities"].values()), atol=1e-4)
+
+
+def test_c_is_chosen_on_validation_and_ties_go_to_the_smallest():
+    from baseline import C_GRID, fit
+
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 200)
+    separable = labels[:, None] * 4 + rng.normal(size=(200, 3)) * 0.1
+    features, labels = {"train": separable, "validation": separable}, {"train": labels, "validation": labels}
+    assert fit(features, labels, 0)[1] == C_GRID[0]
+
+
+def test_probabilities_never_change_a_decision():
+    from baseline import fit_scale
+
+    rng = np.random.default_rng(0)
+    margins, labels = rng.normal(size=(50, 3)), rng.integers(0, 3, 50)
+    assert fit_scale(margins, labels) > 0

@@ -1,0 +1,96 @@
+"""LoRA and the files of a saved model."""
+
+import pytest
+import torch
+
+TEXTS = ["a good film", "this is a really bad and long review of it", "fine"]
+
+
+@pytest.fixture
+def loaded(tiny_model):
+    """(model, tokenised texts); the tiny DistilBERT with a fresh head, in eval mode."""
+    from models import find_model, load_classifier, load_tokenizer
+
+    source = find_model(str(tiny_model))
+    tokenizer, _ = load_tokenizer(source, None)
+    torch.manual_seed(0)
+    model = load_classifier(source, ("negative", "positive")).eval()
+    return model, tokenizer(TEXTS, padding=True, return_tensors="pt")
+
+
+def _shake(model: torch.nn.Module) -> None:
+    """Give every adapter a random B, as training would."""
+    torch.manual_seed(1)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=3.0)
+
+
+def test_lora_starts_as_no_change(loaded):
+    from models import add_lora
+
+    model, inputs = loaded
+    before = model(**inputs).logits
+    assert torch.equal(add_lora(model, 4, 8, 0.1).eval()(**inputs).logits, before)
+
+
+def test_merged_equals_unmerged(loaded):
+    from models import add_lora
+
+    model, inputs = loaded
+    before = model(**inputs).logits
+    adapted = add_lora(model, 4, 8, 0.1).eval()
+    _shake(adapted)
+    unmerged = adapted(**inputs).logits
+    assert (unmerged - before).abs().max() > 1e-3
+    torch.testing.assert_close(adapted.merge_and_unload()(**inputs).logits, unmerged, rtol=0, atol=1e-5)
+
+
+def test_a_step_of_lora_changes_adapters_and_head_only(loaded):
+    from models import add_lora
+    from train import make_optimizer
+
+    model, inputs = loaded
+    adapted = add_lora(model, 4, 8, 0.0)
+    _shake(adapted)
+    before = {name: weight.detach().clone() for name, weight in adapted.named_parameters()}
+    optimizer = make_optimizer(adapted, 0.1, 0.01)
+    adapted(**inputs).logits.square().sum().backward()
+    optimizer.step()
+    for name, weight in adapted.named_parameters():
+        trained = "lora" in name or "modules_to_save" in name
+        assert torch.equal(weight, before[name]) != trained, name
+
+
+def test_best_weights_come_back(loaded):
+    from models import load_trained_state, trained_state
+
+    model, inputs = loaded
+    before, kept = model(**inputs).logits, trained_state(model)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.5)
+    assert not torch.equal(model(**inputs).logits, before)
+    load_trained_state(model, kept)
+    assert torch.equal(model(**inputs).logits, before)
+
+
+def test_a_bf16_checkpoint_is_trained_in_fp32(tiny_model, tmp_path):
+    from transformers import AutoModelForMaskedLM
+
+    from models import find_model, load_classifier
+
+    AutoModelForMaskedLM.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    model = load_classifier(find_model(str(tmp_path)), ("a", "b"))
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+
+
+def test_the_fingerprint_is_of_the_encoder_alone(tiny_model):
+    from models import encoder_fingerprint, find_model, load_classifier
+
+    source = find_model(str(tiny_model))
+    one, two = load_classifier(source, ("a", "b")), load_classifier(source, ("a", "b", "c"))
+    assert encoder_fingerprint(one) == encoder_fingerprint(two)
+    with torch.no_grad():
+        next(two.base_model.parameters())[0, 0] += 1e-3
+    assert encoder_fingerprint(one) != encoder_fingerprint(two)

@@ -1,0 +1,242 @@
+"""The loop, through the real command line on a 2-layer, 16-wide model, and its parts against plain PyTorch."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import read_json, read_lines
+from safetensors.torch import load_file
+from sklearn.metrics import accuracy_score, precision_recall_fscore_support
+
+LEARNS = ("--lr", "1e-2", "--epochs", "6", "--batch_size", "8")
+RESULT_KEYS = {
+    "val",
+    "test",
+    "best_epoch",
+    "trainable_parameters",
+    "total_parameters",
+    "train_seconds",
+    "samples_per_second",
+    "peak_memory_bytes",
+    "precision",
+    "device",
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "accuracy"),
+    [((), 0.9), (("--peft", "--lora_r", "4", "--lr", "5e-3"), 0.7)],  # LoRA cannot move the random embeddings
+)
+def test_a_run_learns_and_leaves_its_records(cli, method, accuracy):
+    code, out, err = cli("--finetune", *LEARNS, *method)
+    assert code == 0, err
+    (run,) = cli.runs.iterdir()
+    assert str(run) in out
+    assert {"config.json", "metrics.jsonl", "result.json", "predictions.jsonl", "model", "curves.png"} <= {
+        path.name for path in run.iterdir()
+    }
+    result, lines = read_json(run / "result.json"), read_lines(run / "metrics.jsonl")
+    assert result.keys() >= RESULT_KEYS
+    assert result["test"]["accuracy"] >= accuracy
+    steps = 6 * 12
+    assert [line["step"] for line in lines if "val/accuracy" in line] == [12, 24, 36, 48, 60, 72]
+    assert lines[-1]["step"] == steps and lines[-1]["test/accuracy"] == result["test"]["accuracy"]
+    assert {"step", "epoch", "time", "train/loss", "train/lr", "train/samples_per_second"} <= lines[0].keys()
+    accuracies = [line["val/accuracy"] for line in lines if "val/accuracy" in line]
+    assert result["best_epoch"] == 1 + int(np.argmax(accuracies))  # the first of the best
+    assert result["val"]["accuracy"] == max(accuracies)  # so the weights scored at the end are the best epoch's
+    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    assert losses[-1] < 0.98 * losses[0]
+
+
+def test_result_agrees_with_predictions(cli):
+    cli("--finetune", *LEARNS, dataset="ag_news")
+    (run,) = cli.runs.iterdir()
+    rows, test = read_lines(run / "predictions.jsonl"), read_json(run / "result.json")["test"]
+    labels, predicted = [row["label"] for row in rows], [row["prediction"] for row in rows]
+    assert set(labels) == {"World", "Sports", "Business", "Sci/Tech"}
+    assert test["accuracy"] == accuracy_score(labels, predicted)
+    macro = precision_recall_fscore_support(labels, predicted, average="macro", zero_division=0)[:3]
+    np.testing.assert_allclose([test[key] for key in ("precision", "recall", "f1")], macro)
+    chosen = [row["probabilities"][row["label"]] for row in rows]
+    assert test["loss"] == pytest.approx(-np.log(chosen).mean())
+    for row in rows:
+        assert sum(row["probabilities"].values()) == pytest.approx(1)
+        assert row["probability"] == max(row["probabilities"].values()) == row["probabilities"][row["prediction"]]
+    for metric in ("accuracy", "precision", "recall", "f1"):
+        low, high = test[f"{metric}_interval"]
+        assert low <= test[metric] <= high
+
+
+@pytest.mark.parametrize("method", [("--finetune",), ("--finetune", "--peft"), ("--baseline",)])
+def test_the_same_command_twice_gives_the_same_numbers(cli, method):
+    for _ in range(2):
+        assert cli(*method, "--epochs", "2", "--lr", "1e-3")[0] == 0
+    first, second = sorted(cli.runs.iterdir())
+    assert second.name == first.name + "-2"
+    for name in ("metrics.jsonl", "predictions.jsonl"):
+        one, two = read_lines(first / name), read_lines(second / name)
+        for line in one + two:
+            line.pop("time", None), line.pop("train/samples_per_second", None)
+        assert one == two
+    for file in (first / "model").glob("*.safetensors"):
+        assert file.read_bytes() == (second / "model" / file.name).read_bytes()
+
+
+def test_another_seed_gives_other_numbers(cli):
+    cli("--finetune", "--epochs", "1", "--seed", "1")
+    cli("--finetune", "--epochs", "1", "--seed", "2")
+    one, two = (read_lines(run / "metrics.jsonl")[0]["train/loss"] for run in sorted(cli.runs.iterdir()))
+    assert one != two
+
+
+@pytest.fixture
+def no_dropout(tiny_model, tmp_path):
+    """The tiny model without dropout, so that splitting a batch changes nothing."""
+    import shutil
+
+    folder = tmp_path / "no-dropout"
+    shutil.copytree(tiny_model, folder)
+    config = (folder / "config.json").read_text()
+    for key in ('"dropout": 0.1', '"attention_dropout": 0.1', '"seq_classif_dropout": 0.2'):
+        assert key in config
+        config = config.replace(key, key.split(":")[0] + ": 0.0")
+    (folder / "config.json").write_text(config)
+    return folder
+
+
+def test_a_step_is_the_mean_over_its_examples(no_dropout, tiny_data):
+    """One optimiser step over passes of 4, 4 and 2 rows gives the gradient of one pass over the 10."""
+    import train
+    from data import load_data, tokenize
+    from models import find_model, load_classifier, load_tokenizer
+    from runs import open_device
+    from tracking import NullLogger
+
+    accelerator, _ = open_device("cpu", "fp32")
+    source = find_model(str(no_dropout))
+    tokenizer, _ = load_tokenizer(source, None)
+    data = load_data(str(tiny_data / "rotten_tomatoes"), None, None, 0)
+    splits = tokenize(data, tokenizer, 64)
+    weights = []
+    for passes in ([np.arange(10)], [np.arange(4), np.arange(4, 8), np.arange(8, 10)]):
+        torch.manual_seed(0)
+        model = load_classifier(source, data.label_names)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        train.train(
+            model,
+            train.make_forward(model, "fp32"),
+            optimizer,
+            torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1),
+            lambda epoch, passes=passes: iter([passes]),
+            splits,
+            accelerator,
+            NullLogger(),
+            train.Progress(),
+            epochs=1,
+            steps_per_epoch=1,
+            max_grad_norm=0,
+        )
+        weights.append({name: weight.detach().clone() for name, weight in model.named_parameters()})
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_decay_spares_every_one_dimensional_parameter(tiny_model):
+    from models import find_model, load_classifier
+    from train import make_optimizer
+
+    model = load_classifier(find_model(str(tiny_model)), ("a", "b"))
+    decayed, spared = make_optimizer(model, 1e-3, 0.1).param_groups
+    assert decayed["weight_decay"] == 0.1 and spared["weight_decay"] == 0.0
+    ids = {id(p) for p in spared["params"]}
+    names = {name for name, p in model.named_parameters() if id(p) in ids}
+    assert {name for name, _ in model.named_parameters() if "layer_norm" in name or name.endswith("bias")} <= names
+    assert not any(name.endswith(("lin.weight", "embeddings.weight", "classifier.weight")) for name in names)
+    assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
+
+
+def test_the_rate_rises_then_falls_to_zero(cli):
+    cli("--finetune", "--epochs", "5", "--batch_size", "4", "--lr", "1e-3", "--warmup_ratio", "0.25")
+    (run,) = cli.runs.iterdir()
+    rates = {line["step"]: line["train/lr"] for line in read_lines(run / "metrics.jsonl") if "train/lr" in line}
+    total, warm = 120, 30
+    for step, rate in rates.items():
+        done = step - 1  # the rate that this step was taken with
+        expected = done / warm if done < warm else (total - done) / (total - warm)
+        assert math.isclose(rate, 1e-3 * expected, rel_tol=1e-9), step
+
+
+def test_lora_leaves_the_encoder_bitwise_alone(cli, tiny_model):
+    cli("--finetune", "--peft", "--lora_r", "2", *LEARNS)
+    (run,) = cli.runs.iterdir()
+    saved = load_file(run / "model" / "adapter_model.safetensors")
+    sites = {"q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"}
+    assert {name.split(".")[-3] for name in saved if "lora_A" in name} == sites
+    assert {name.split(".")[-2] for name in saved if "lora" not in name} == {"pre_classifier", "classifier"}
+    assert sum("lora_A" in name for name in saved) == 2 * len(sites)
+    assert not any(torch.equal(weight, torch.zeros_like(weight)) for weight in saved.values())
+
+    from peft import AutoPeftModelForSequenceClassification
+
+    model = AutoPeftModelForSequenceClassification.from_pretrained(run / "model", num_labels=2)
+    base = load_file(tiny_model / "model.safetensors")
+    compared = 0
+    for name, weight in model.named_parameters():
+        if "distilbert" in name and "lora" not in name:
+            original = base[name.removeprefix("base_model.model.").replace(".base_layer", "")]
+            assert torch.equal(weight, original), name
+            compared += 1
+    assert compared == sum(name.startswith("distilbert.") for name in base)
+
+
+def test_trainable_parameters_are_counted(cli):
+    for words in ((), ("--peft", "--lora_r", "3")):
+        cli("--finetune", "--epochs", "1", *words)
+    full, lora = (read_json(cli.runs / name / "result.json") for name in sorted(p.name for p in cli.runs.iterdir()))
+    head = 16 * 16 + 16 + 16 * 2 + 2
+    adapters = 2 * 3 * (4 * (16 + 16) + 2 * (16 + 32))
+    assert lora["trainable_parameters"] == adapters + head
+    assert full["trainable_parameters"] == full["total_parameters"] == lora["total_parameters"] - adapters
+
+
+def test_the_saved_model_gives_the_recorded_probabilities(cli):
+    """transformers.pipeline on RUN/model, on the run's own test rows, in fp32."""
+    from transformers import pipeline
+
+    cli("--finetune", *LEARNS, "--precision", "fp32")
+    (run,) = cli.runs.iterdir()
+    rows = read_lines(run / "predictions.jsonl")
+    classify = pipeline("text-classification", model=str(run / "model"), top_k=None)
+    for row, scores in zip(rows, classify([row["text"] for row in rows]), strict=True):
+        got = {score["label"]: score["score"] for score in scores}
+        assert got == pytest.approx(row["probabilities"], abs=1e-5)
+
+
+def test_ctrl_c_ends_with_130_and_no_traceback(cli, monkeypatch):
+    import train
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "validate", interrupt)
+    code, _, err = cli("--finetune", "--epochs", "1")
+    assert code == 130 and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("--device", "cuda:7"), "--device cuda:7"),
+        (("--max_length", "100000"), "--max_length"),
+        (("--dataset", "./nowhere"), "./nowhere"),
+        (("--model", "./nowhere"), "./nowhere"),
+    ],
+)
+def test_what_the_user_got_wrong_is_one_line_and_leaves_nothing(cli, words, named):
+    code, _, err = cli("--finetune", *words)
+    assert code == 2
+    line = err.strip().splitlines()[-1]
+    assert line.startswith("error: ") and named in line and "Traceback" not in err
+    assert not cli.runs.exists()

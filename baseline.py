@@ -23,7 +23,6 @@ import runs
 from config import TrainConfig
 from data import TokenSplit, sorted_batches
 from metrics import score_with_intervals
-from tracking import open_logger
 
 C_GRID = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 1.0)
 BATCH_SIZE = 64
@@ -39,17 +38,16 @@ def run_baseline(config: TrainConfig, source: models.ModelSource) -> Path:
         content = (job.data.fingerprints[name], record["model"]["fingerprint"], job.max_length, job.precision)
         features[name] = cached_embeddings(job, name, "|".join(map(str, content)))
     classifier, best_c = fit(features, labels, config.seed)
-    scale = fit_scale(class_margins(classifier, features["validation"]), labels["validation"])
+    weight, bias = linear_map(classifier, job.data.num_classes)
+    scale = fit_scale(features["validation"] @ weight.T + bias, labels["validation"])
+    weight, bias = weight * scale, bias * scale
     seconds = time.perf_counter() - started
 
-    probabilities = {
-        name: softmax(scale * class_margins(classifier, features[name]), axis=1) for name in ("validation", "test")
-    }
+    probabilities = {name: softmax(features[name] @ weight.T + bias, axis=1) for name in ("validation", "test")}
     scores = {
         "val": score_with_intervals(labels["validation"], probabilities["validation"]),
         "test": score_with_intervals(labels["test"], probabilities["test"]),
     }
-    weight, bias = linear_map(classifier)
     record |= {
         "C": best_c,
         "best_epoch": None,
@@ -60,20 +58,13 @@ def run_baseline(config: TrainConfig, source: models.ModelSource) -> Path:
         "memory_before_training_bytes": memory.start,
         "peak_memory_bytes": memory.peak(),
     }
-    run_dir = runs.create_run_dir(config, job.data.name)
-    runs.write_json(run_dir / "config.json", record)
-    logger = open_logger(run_dir, wandb=config.wandb, comet=config.comet, project=config.project, run_name=run_dir.name)
-    try:
-        logger.log_config(record)
+    with runs.open_run(job, record) as (run_dir, logger):
         for split, values in scores.items():
             floats = {f"{split}/{name}": value for name, value in values.items() if isinstance(value, float)}
             logger.log(floats, step=0, epoch=0)
         models.save_model(job.model.base_model, job.tokenizer, run_dir / "model", runs.model_card(record, scores))
-        arrays = {"weight": weight * scale, "bias": bias * scale}
-        save_file(arrays, run_dir / "model" / "linear.safetensors")
+        save_file({"weight": weight, "bias": bias}, run_dir / "model" / "linear.safetensors")
         runs.write_outcome(job, run_dir, {**record, **scores}, probabilities["test"])
-    finally:
-        logger.close()
     return run_dir
 
 
@@ -121,12 +112,6 @@ def fit(features: dict[str, np.ndarray], labels: dict[str, np.ndarray], seed: in
     return best[1], best[2]
 
 
-def class_margins(classifier: Pipeline, features: np.ndarray) -> np.ndarray:
-    """[n, classes]: a score a class, whose largest is the SVC's decision."""
-    margins = classifier.decision_function(features)
-    return margins if margins.ndim == 2 else np.stack([-margins / 2, margins / 2], axis=1)
-
-
 def fit_scale(margins: np.ndarray, labels: np.ndarray) -> float:
     """The factor under which softmax(factor * margins) has the least cross-entropy on these rows (validation).
 
@@ -140,11 +125,14 @@ def fit_scale(margins: np.ndarray, labels: np.ndarray) -> float:
     return float(np.exp(minimize_scalar(loss, bounds=(-5, 5), method="bounded").x))
 
 
-def linear_map(classifier: Pipeline) -> tuple[np.ndarray, np.ndarray]:
-    """(weight [classes, width], bias [classes]) of the class margins as one linear map of the raw embedding."""
+def linear_map(classifier: Pipeline, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """(weight [classes, width], bias [classes]) of one linear map of the raw embedding: a score a class, the largest
+    of which is the SVC's decision. A class without a training row gets a score that never is."""
     scaler, svc = classifier[0], classifier[1]
     weight = svc.coef_ / scaler.scale_
     bias = svc.intercept_ - weight @ scaler.mean_
     if len(weight) == 1:
         weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
-    return weight, bias
+    all_weights, all_biases = np.zeros((num_classes, weight.shape[1])), np.full(num_classes, -1e6)
+    all_weights[svc.classes_], all_biases[svc.classes_] = weight, bias
+    return all_weights, all_biases

@@ -8,21 +8,91 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from config import UserError
 
 KEEP = 2  # the newest, and one to fall back on
+SHORTEST_INTERVAL_S, COST_SHARE = 60.0, 0.01
 TENSORS, VALUES, MANIFEST = "tensors.safetensors", "values.json", "manifest.json"
 
 
 class DamagedError(Exception):
     """A checkpoint that is not as it was written; the message names file and fault."""
+
+
+class GracefulStop:
+    """While it is open, Ctrl-C and SIGTERM are noted, for the loop to finish its step; a second one ends at once."""
+
+    def __enter__(self) -> "GracefulStop":
+        self.number = 0
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number: int, _: Any) -> None:
+        if self.number:
+            raise KeyboardInterrupt
+        self.number = number
+        print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+
+    def asked(self, accelerator: Accelerator) -> int:
+        """The number of the signal that came to any process, or 0."""
+        if accelerator.num_processes == 1:
+            return self.number
+        return int(accelerator.gather(torch.tensor([self.number], device=accelerator.device)).max())
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class Checkpoints:
+    """The checkpoints of one run: when the next is due, saved by the main process alone."""
+
+    def __init__(self, root: Path, every: int | None, accelerator: Accelerator) -> None:
+        self.root, self.every, self.accelerator = root, every, accelerator
+        self.saved_at, self.cost = time.monotonic(), 0.0
+
+    def due(self, step: int) -> bool:
+        """Every `every` steps; else by time, so seldom that saving takes at most 1% of it, and 60 s apart."""
+        if self.every:
+            return step % self.every == 0
+        interval = max(SHORTEST_INTERVAL_S, self.cost / COST_SHARE)
+        due = time.monotonic() - self.saved_at > interval
+        if self.accelerator.num_processes > 1:  # clocks differ: the main process decides
+            due = bool(broadcast_object_list([due])[0])
+        return due
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """UserError if it cannot be written; the one before is still there then."""
+        started = time.monotonic()
+        try:
+            if self.accelerator.is_main_process:
+                save(self.root, step, state)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"the checkpoint of step {step} cannot be written to {self.root}: {error}") from error
+        self.accelerator.wait_for_everyone()
+        self.saved_at = time.monotonic()
+        self.cost = self.saved_at - started
+
+    def newest(self) -> dict[str, Any] | None:
+        """See `newest_whole`."""
+        return newest_whole(self.root)
+
+    def clear(self) -> None:
+        """Drop them all: a finished run has its model."""
+        if self.accelerator.is_main_process:
+            shutil.rmtree(self.root, ignore_errors=True)
 
 
 def save(root: Path, step: int, state: dict[str, Any]) -> Path:

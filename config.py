@@ -5,14 +5,17 @@ that `--help` and a wrong flag answer at once.
 """
 
 import argparse
+import json
 import math
 import re
 import sys
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, NoReturn
 
 DEFAULT_MODEL = "distilbert-base-uncased"
 DEFAULT_DATASET = "rotten_tomatoes"
+NEWEST = "newest"  # --resume without a run
 MODES = ("finetune", "baseline", "report")
 
 
@@ -26,6 +29,14 @@ class UserError(ValueError):
 def one_line(message: str) -> str:
     """The message without line breaks, which names and values from outside may bring along."""
     return " ".join(message.splitlines())
+
+
+class Interrupted(Exception):
+    """The user stopped a run, which can go on later. `exit_code` is 128 + the signal's number."""
+
+    def __init__(self, number: int, run_dir: Path, step: int) -> None:
+        super().__init__(f"stopped at step {step}; to go on: python main.py --resume {run_dir}")
+        self.exit_code = 128 + number
 
 
 def flag(default: Any, group: str, help: str, **argparse_options: Any) -> Any:
@@ -80,6 +91,10 @@ class TrainConfig:
         "auto is bf16 where the device does it natively, else fp32",
         choices=("auto", "fp32", "bf16"),
     )
+    plain: bool = flag(False, "training", "use transformers' own modules, not the fast path", switch=True)
+    on_nan: str = flag(
+        "stop", "training", "where a gradient is not finite: stop, or skip the step", choices=("stop", "skip")
+    )
     device: str = flag("auto", "training", "auto (cuda if available), cpu, cuda, cuda:N or mps")
 
     wandb: bool = flag(False, "tracking", "log to Weights & Biases; offline without a key", switch=True)
@@ -88,12 +103,23 @@ class TrainConfig:
     )
     project: str = flag("distilbert-sentiment", "tracking", "project name at W&B and Comet", metavar="NAME")
 
+    resume: str | None = flag(
+        None,
+        "output",
+        "go on with an unfinished run, in the middle of an epoch (alone: the newest one of this config)",
+        nargs="?",
+        const=NEWEST,
+        metavar="RUN",
+    )
+    save_every: int | None = flag(
+        None, "output", "steps between checkpoints (default: by time, at most 1% of it)", type=int, metavar="N"
+    )
     output_dir: str = flag("runs", "output", "run folders are made here", metavar="DIR")
     plots_dir: str = flag("plots", "output", "--report draws its pictures here", metavar="DIR")
 
     def __post_init__(self) -> None:
         at_least = {"max_length": 3, "limit": 1, "lora_r": 1, "epochs": 1, "batch_size": 1}
-        for name, low in {**at_least, "gradient_accumulation_steps": 1, "seed": 0}.items():
+        for name, low in {**at_least, "gradient_accumulation_steps": 1, "save_every": 1, "seed": 0}.items():
             value = getattr(self, name)
             _require(value is None or value >= low, name, value, f"a whole number of at least {low}")
         for name in ("lr", "lora_alpha"):
@@ -111,8 +137,9 @@ class TrainConfig:
         for name in ("dataset", "dataset_dir", "model", "project", "output_dir", "plots_dir"):
             value = getattr(self, name)
             _require(value is None or value.strip(), name, value, "a name or a path")
-        if self.peft and self.mode != "finetune":
-            raise UserError("--peft goes with --finetune")
+        for name in ("peft", "resume"):
+            if getattr(self, name) and self.mode != "finetune":
+                raise UserError(f"--{name} goes with --finetune")
 
     @property
     def method(self) -> str:
@@ -176,7 +203,7 @@ def build_parser() -> argparse.ArgumentParser:
             options["action"] = argparse.BooleanOptionalAction if spec.default is None else "store_true"
         elif spec.default is not None:
             help_text += f" (default: {spec.default})"
-        groups[group].add_argument(*names, dest=spec.name, default=spec.default, help=help_text, **options)
+        groups[group].add_argument(*names, dest=spec.name, default=argparse.SUPPRESS, help=help_text, **options)
     return parser
 
 
@@ -184,16 +211,33 @@ def parse_args(argv: list[str] | None = None) -> TrainConfig:
     """Command line -> `TrainConfig`. Exits with code 2 and one line on stderr where a flag is wrong."""
     parser = build_parser()
     values = vars(parser.parse_args([_with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]))
-    runs = values.pop("report")
+    runs = values.pop("report")  # from here on, values holds what was given, and TrainConfig the defaults
     chosen = {"finetune": values.pop("finetune"), "baseline": values.pop("baseline"), "report": runs is not None}
-    if not any(chosen.values()):
+    mode = next((mode for mode in MODES if chosen[mode]), None)
+    run = values.get("resume")
+    if mode is None and (run is None or run == NEWEST):
         parser.print_help(sys.stderr)
         parser.exit(2, "\nerror: choose one of " + ", ".join(f"--{mode}" for mode in MODES) + "\n")
     try:
-        mode = next(mode for mode in MODES if chosen[mode])
+        if run is not None and run != NEWEST:
+            return _config_of(run, {**values, **({"mode": mode} if mode else {})})
         return TrainConfig(mode=mode, runs=tuple(runs or ()), **values)
     except UserError as error:
         parser.error(str(error))
+
+
+def _config_of(run: str, given: dict[str, Any]) -> TrainConfig:
+    """The config that `run` began with. What is given beside --resume must agree with it."""
+    try:
+        stored = json.loads(Path(run, "config.json").read_text(encoding="utf-8"))["config"]
+        stored = {spec.name: stored[spec.name] for spec in fields(TrainConfig)} | {"runs": ()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--resume: expected a run folder with its config.json, got {run!r} ({error})") from error
+    differ = [f"{key} was {stored[key]!r}, given {value!r}" for key, value in given.items() if stored[key] != value]
+    differ = [text for text in differ if not text.startswith("resume ")]
+    if differ:
+        raise UserError(f"--resume {run}: that run had another config: {'; '.join(differ)}")
+    return TrainConfig(**{**stored, "resume": run})
 
 
 def _with_underscores(word: str) -> str:

@@ -59,9 +59,25 @@ class TextData:
 
 
 class Batch(NamedTuple):
-    input_ids: torch.Tensor  # [B, L] int64, padded on the right to the longest of the batch
-    attention_mask: torch.Tensor  # [B, L] int64, 1 at tokens
+    """B rows of a batch; where processes share one, the rows from `first` on, padded as the whole of it is."""
+
+    input_ids: torch.Tensor  # [B, L] int64, padded on the right
+    lengths: torch.Tensor  # [B] int64, tokens in each row
     labels: torch.Tensor  # [B] int64
+    first: int  # place of row 0 in the whole batch
+    whole: int  # rows of the whole batch
+
+    @property
+    def attention_mask(self) -> torch.Tensor:
+        """[B, L] int64, 1 at tokens."""
+        places = torch.arange(self.input_ids.shape[1], device=self.lengths.device)
+        return (places < self.lengths[:, None]).long()
+
+    def to(self, device: torch.device) -> "Batch":
+        if device.type == "cpu":
+            return self
+        moved = (tensor.to(device, non_blocking=True) for tensor in self[:3])
+        return Batch(*moved, self.first, self.whole)
 
 
 @dataclass(frozen=True)
@@ -76,17 +92,16 @@ class TokenSplit:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, indices: np.ndarray) -> Batch:
-        """The rows at `indices` [B], padded to their longest."""
-        column = self.rows[indices.tolist()].column("input_ids").combine_chunks()
-        lengths = self.lengths[indices]
-        mask = np.arange(lengths.max()) < lengths[:, None]  # [B, L]
+    def batch(self, indices: np.ndarray, start: int = 0, stop: int | None = None) -> Batch:
+        """The rows at `indices[start:stop]`, padded to the longest of `indices`."""
+        mine = indices[start:stop]
+        column = self.rows[mine.tolist()].column("input_ids").combine_chunks()
+        lengths = self.lengths[mine]
+        mask = np.arange(self.lengths[indices].max()) < lengths[:, None]  # [B, L]
         ids = np.full(mask.shape, self.pad_id, np.int64)
         ids[mask] = column.flatten().to_numpy()
-        return Batch(torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64)), self.labels_at(indices))
-
-    def labels_at(self, indices: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(self.labels[indices])
+        tensors = (torch.from_numpy(array) for array in (ids, lengths.astype(np.int64), self.labels[mine]))
+        return Batch(*tensors, start, len(indices))
 
 
 def load_data(dataset: str | None, dataset_dir: str | None, limit: int | None, seed: int) -> TextData:
@@ -162,6 +177,8 @@ def _hub_failure(what: str, name: str, error: Exception) -> str:
 def _read_files(path: Path) -> dict[str, datasets.Dataset]:
     """A file is one split called train; a folder holds files named after their splits."""
     files: dict[str, list[Path]] = {}
+    if (path / "data").is_dir():  # as in a clone of a hub repository
+        path = path / "data"
     try:
         seen = sorted(path.iterdir()) if path.is_dir() else [path]
     except OSError as error:

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from config import TrainConfig, UserError, parse_args
+from config import Interrupted, TrainConfig, UserError, parse_args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -17,6 +17,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return stop.exit_code
     return 0
 
 

@@ -10,7 +10,8 @@ import platform
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
 import models
-from config import TrainConfig, UserError
+from config import NEWEST, Interrupted, TrainConfig, UserError
 from data import TextData, TokenSplit, load_data, tokenize
 from metrics import METRICS
+from tracking import Logger, NullLogger, open_logger
 
 PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate", "scikit-learn", "tokenizers", "numpy")
 
@@ -96,6 +99,79 @@ def _native_bf16(kind: str) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     found = torch.cpu.get_capabilities() if kind == "cpu" else {}
     return any(found.get(feature) for feature in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+@contextlib.contextmanager
+def open_run(job: Job, record: dict[str, Any]) -> Iterator[tuple[Path, Logger]]:
+    """The run's folder, the same one in every process, and its logger, silent in all but the main one.
+
+    The logger is closed however the block ends, and told how.
+    """
+    config, accelerator = job.config, job.accelerator
+    if config.resume:
+        run_dir = Path(config.resume)
+        _check_same(record, json.loads((run_dir / "config.json").read_text(encoding="utf-8")), run_dir)
+    else:
+        folder = [create_run_dir(config, job.data.name) if accelerator.is_main_process else None]
+        run_dir = (broadcast_object_list(folder) if accelerator.num_processes > 1 else folder)[0]
+    logger: Logger = NullLogger()
+    if accelerator.is_main_process:
+        if not config.resume:
+            write_json(run_dir / "config.json", record)
+        logger = open_logger(
+            run_dir,
+            wandb=config.wandb,
+            comet=config.comet,
+            project=config.project,
+            run_name=run_dir.name,
+            resume=bool(config.resume),
+        )
+        logger.log_config(record)
+    status = "failed"
+    try:
+        yield run_dir, logger
+        status = "finished"
+    except (KeyboardInterrupt, Interrupted):
+        status = "interrupted"
+        raise
+    finally:
+        logger.close(status)
+
+
+def find_resumable(config: TrainConfig) -> TrainConfig | None:
+    """`config` with the run to go on with in `resume`; None if that run is finished.
+
+    `--resume` alone means the newest unfinished run in output_dir of the same config. UserError if there is none.
+    """
+    if config.resume == NEWEST:
+        wanted = _comparable(asdict(config))
+        found = [
+            path.parent
+            for path in Path(config.output_dir).glob("*/config.json")
+            if not (path.parent / "result.json").exists() and _comparable(_stored_config(path)) == wanted
+        ]
+        if not found:
+            raise UserError(f"--resume: no unfinished run of this config in {config.output_dir}")
+        config = replace(config, resume=str(max(found, key=lambda folder: (folder / "config.json").stat().st_mtime)))
+    return None if (Path(config.resume) / "result.json").exists() else config
+
+
+def _stored_config(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _comparable(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in ("resume", "runs", "output_dir", "plots_dir")}
+
+
+def _check_same(record: dict[str, Any], stored: dict[str, Any], run_dir: Path) -> None:
+    """A run is continued on the model, the data and the number of processes that it began with, or not at all."""
+    for key in ("model", "data", "max_length", "precision", "processes", "engine"):
+        if record[key] != stored.get(key):
+            raise UserError(f"--resume {run_dir}: its {key} was {stored.get(key)}, now it is {record[key]}")
 
 
 def create_run_dir(config: TrainConfig, dataset: str) -> Path:
@@ -176,7 +252,9 @@ def _git_commit() -> str | None:
 
 
 def write_outcome(job: Job, run_dir: Path, result: dict[str, Any], probabilities: np.ndarray) -> None:
-    """predictions.jsonl (one test row a line), then result.json, last of all: it marks a finished run."""
+    """predictions.jsonl (one test row a line), then result.json: it marks a finished run. Then the picture."""
+    from report import draw_curves  # here, since matplotlib takes a second to import
+
     names = job.data.label_names
     with (run_dir / "predictions.jsonl").open("w", encoding="utf-8") as file:
         texts, labels = job.data.splits["test"]["text"], job.splits["test"].labels
@@ -190,6 +268,8 @@ def write_outcome(job: Job, run_dir: Path, result: dict[str, Any], probabilities
             }
             file.write(json.dumps(prediction, ensure_ascii=False) + "\n")
     write_json(run_dir / "result.json", result)
+    if job.config.mode == "finetune":
+        draw_curves(run_dir)
     print(summary(result))
     print(f"run folder: {run_dir}")
 

@@ -72,6 +72,7 @@ def test_both_spellings_of_every_flag(option):
     known = {"--dataset_name": "a-b_c", "--dataset_dir": "a-b_c", "--output_dir": "a-b_c", "--plots_dir": "a-b_c"}
     value = known.get(option, "0.5" if option in ("--lora_dropout", "--warmup_ratio") else "7")
     action = next(action for action in build_parser()._actions if option in action.option_strings)
+    value = action.choices[-1] if action.choices else value
     hyphens = option[:2] + option[2:].replace("_", "-")
     parsed = [
         parse_args(["--baseline", *words])
@@ -103,6 +104,8 @@ WRONG = [
     *[(flag, value, "a number of at least 0") for flag in ("weight_decay", "max_grad_norm") for value in ("-1", "nan")],
     *[(flag, value, SHARE) for flag in ("lora_dropout", "warmup_ratio") for value in ("1", "-0.1", "nan", "1.5")],
     *[("device", value, "auto, cpu, cuda, cuda:N or mps") for value in ("gpu", "cuda:", "cuda:x", "CPU", "cpu\n", "")],
+    *[("save_every", value, WHOLE) for value in ("0", "-1", "often")],
+    ("on_nan", "raise", "'stop', 'skip'"),
     ("precision", "fp16", "'auto', 'fp32', 'bf16'"),
     *[(flag, "", "a name or a path") for flag in ("dataset", "dataset_dir", "model", "output_dir", "plots_dir")],
     ("project", " ", "a name or a path"),
@@ -151,6 +154,7 @@ def test_a_user_error_is_one_line_whatever_it_quotes():
 
 def test_every_flag_has_a_help_text_and_the_help_shows_defaults():
     shown = build_parser().format_help()
+    assert "%%" not in shown
     assert all(action.help for action in build_parser()._actions)
     for field in dataclasses.fields(TrainConfig):
         if field.metadata:

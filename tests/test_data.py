@@ -131,6 +131,12 @@ def test_words_that_look_like_nothing_are_texts(tmp_path):
     assert pairs(found) == Counter([*ROWS, ("NA", "pos"), ("null", "pos"), ("None", "neg"), ("7", "neg")])
 
 
+def test_only_a_line_feed_ends_a_line_of_json(tmp_path):
+    text = "one\u2028two\u0085three\x1cfour"
+    line = f'{{"text": "{text}", "label": "pos"}}\n'.replace("\x1c", "\\u001c")
+    assert pairs(load(written(tmp_path / "f.jsonl", FORMATS["f.jsonl"] + line)))[(text, "pos")] == 1
+
+
 def test_a_line_of_a_megabyte_is_one_text(tmp_path):
     long = "word " * 220_000
     found = load(written(tmp_path / "f.csv", f"{BASE}{long},pos\n"))
@@ -571,13 +577,17 @@ def test_a_batch_is_what_the_tokenizer_makes_of_the_texts(tokenised, tiny_model,
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     plain = load(file).splits["train"]
     split = splits["train"]
-    for indices in (np.array([3]), np.array([5, 0, 5, 17]), np.arange(len(split))[::-1]):
+    for indices in (np.array([3, 4]), np.array([5, 0, 5, 17]), np.arange(len(split))[::-1]):
         batch = split.batch(indices)
         chosen = [plain["text"][int(i)] for i in indices]
         expected = tokenizer(chosen, truncation=True, max_length=12, padding=True, return_tensors="pt")
         assert batch.input_ids.equal(expected["input_ids"]) and batch.attention_mask.equal(expected["attention_mask"])
-        assert batch.labels.tolist() == [plain["label"][int(i)] for i in indices] == split.labels_at(indices).tolist()
+        assert batch.labels.tolist() == [plain["label"][int(i)] for i in indices]
         assert (split.lengths[indices] == expected["attention_mask"].sum(1).numpy()).all()
+        assert batch.lengths.tolist() == split.lengths[indices].tolist() and batch.whole == len(indices)
+        part = split.batch(indices, 1, 3)  # one process's share: padded as the whole batch is
+        assert part.input_ids.equal(batch.input_ids[1:3]) and part.attention_mask.equal(batch.attention_mask[1:3])
+        assert part.labels.equal(batch.labels[1:3]) and (part.first, part.whole) == (1, len(indices))
     assert batch.input_ids.shape[1] == 12 and (batch.attention_mask[:, -1] == 0).any()  # cut and padded, on the right
 
 

@@ -93,6 +93,17 @@ def test_intervals_cover_the_truth_95_times_in_100(confusion, n, monkeypatch):
         assert abs(hits / draws - 0.95) < noise, (name, hits / draws)
 
 
+def test_proportions_get_wilsons_interval():
+    labels = np.repeat([1, 1, 0, 0], [40, 10, 5, 45])
+    predicted = np.repeat([1, 0, 1, 0], [40, 10, 5, 45])
+    found = metrics.intervals(labels, predicted, 2)
+    z = 1.959963984540054
+    for name, hits, n in (("accuracy", 85, 100), ("precision", 40, 45), ("recall", 40, 50)):
+        middle = (hits + z**2 / 2) / (n + z**2)
+        half = z / (n + z**2) * np.sqrt(hits * (n - hits) / n + z**2 / 4)
+        assert found[name] == pytest.approx((middle - half, middle + half), rel=1e-9)
+
+
 @pytest.mark.parametrize("classes", [2, 3, 6])
 def test_score_equals_scikit_learn(classes):
     rng = np.random.default_rng(classes)

@@ -106,10 +106,12 @@ def no_dropout(tiny_model, tmp_path):
     return folder
 
 
-def test_a_step_is_the_mean_over_its_examples(no_dropout, tiny_data):
-    """One optimiser step over passes of 4, 4 and 2 rows gives the gradient of one pass over the 10."""
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_step_is_the_mean_over_its_examples(no_dropout, tiny_data, plain):
+    """Passes of 4, 4 and 2 rows give the gradient of one pass over the 10: no average of averages."""
     import train
     from data import load_data, tokenize
+    from engine import make_engine
     from models import find_model, load_classifier, load_tokenizer
     from runs import open_device
     from tracking import NullLogger
@@ -119,36 +121,42 @@ def test_a_step_is_the_mean_over_its_examples(no_dropout, tiny_data):
     tokenizer, _ = load_tokenizer(source, None)
     data = load_data(str(tiny_data / "rotten_tomatoes"), None, None, 0)
     splits = tokenize(data, tokenizer, 64)
-    weights = []
+    gradients = []
     for passes in ([np.arange(10)], [np.arange(4), np.arange(4, 8), np.arange(8, 10)]):
         torch.manual_seed(0)
         model = load_classifier(source, data.label_names)
-        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        train.train(
-            model,
-            train.make_forward(model, "fp32"),
-            optimizer,
-            torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1),
-            lambda epoch, passes=passes: iter([passes]),
-            splits,
-            accelerator,
-            NullLogger(),
-            train.Progress(),
-            epochs=1,
-            steps_per_epoch=1,
-            max_grad_norm=0,
-        )
-        weights.append({name: weight.detach().clone() for name, weight in model.named_parameters()})
-    for name, weight in weights[0].items():
-        torch.testing.assert_close(weights[1][name], weight, rtol=1e-4, atol=1e-6, msg=name)
+        settings = {"precision": "fp32", "lr": 1.0, "weight_decay": 0.0, "max_grad_norm": 0.0}
+        engine = make_engine(model, accelerator, **settings, plain=plain)
+        assert engine.name.startswith("plain" if plain else "fast")
+
+        def record(engine=engine) -> bool:
+            found = {name: p.grad.clone() for name, p in engine.model.named_parameters() if p.grad is not None}
+            if engine.name == "fast":  # its embedding rows have their gradient elsewhere
+                rows, grad = engine.optimizer._table_grad()
+                table = torch.zeros_like(engine.classifier.table)
+                found["distilbert.embeddings.word_embeddings.weight"] = table.index_copy_(0, rows, grad)
+            gradients.append(found)
+            return True
+
+        engine.step = record
+        schedule = train.linear_schedule(engine.optimizer, 0.0, 1)
+        loader = lambda epoch, passes=passes: iter([passes])  # noqa: E731
+        train.train(engine, schedule, loader, splits, accelerator, NullLogger(), train.Progress(), epochs=1, steps=1)
+    assert len(gradients[0]) == len(list(model.parameters()))
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_decay_spares_every_one_dimensional_parameter(tiny_model):
+@pytest.mark.parametrize("plain", [True, False])
+def test_decay_spares_every_one_dimensional_parameter(tiny_model, plain):
+    from engine import make_engine
     from models import find_model, load_classifier
-    from train import make_optimizer
+    from runs import open_device
 
     model = load_classifier(find_model(str(tiny_model)), ("a", "b"))
-    decayed, spared = make_optimizer(model, 1e-3, 0.1).param_groups
+    settings = {"precision": "fp32", "lr": 1e-3, "weight_decay": 0.1, "max_grad_norm": 1.0}
+    engine = make_engine(model, open_device("cpu", "fp32")[0], **settings, plain=plain)
+    decayed, spared = engine.optimizer.param_groups
     assert decayed["weight_decay"] == 0.1 and spared["weight_decay"] == 0.0
     ids = {id(p) for p in spared["params"]}
     names = {name for name, p in model.named_parameters() if id(p) in ids}

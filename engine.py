@@ -1,0 +1,126 @@
+"""How a model computes and learns: on the fast path, or on transformers' own modules, behind one interface."""
+
+import math
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+import fast
+from data import Batch
+from optim import FastAdamW
+
+
+class Engine(Protocol):
+    """What the training loop needs of a model: logits, and the step that follows a backward pass."""
+
+    name: str
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def forward(self, batch: Batch) -> Tensor:
+        """A batch on the device -> logits [B, classes] in fp32."""
+        ...
+
+    def step(self) -> bool:
+        """Sum up the gradients of all processes, clip their global norm, update, and forget them.
+
+        False, and nothing is updated, where the gradient is not finite.
+        """
+        ...
+
+    def settle(self) -> None:
+        """Bring every weight of the module up to date, for whoever reads it next."""
+        ...
+
+
+def make_engine(
+    model: nn.Module,
+    accelerator: Accelerator,
+    *,
+    precision: str,
+    lr: float,
+    weight_decay: float,
+    max_grad_norm: float,
+    plain: bool = False,
+) -> Engine:
+    """The fast path where it can run this model (it gives the same answer to rounding), else the plain one."""
+    reason = "--plain" if plain else fast.supports(model)
+    settings = (precision, lr, weight_decay, max_grad_norm or None)
+    return PlainEngine(model, accelerator, reason, *settings) if reason else FastEngine(model, accelerator, *settings)
+
+
+class FastEngine:
+    """fast.py and optim.py: hand-written forward and backward, one flat gradient, lazy embedding rows."""
+
+    name = "fast"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        accelerator: Accelerator,
+        precision: str,
+        lr: float,
+        weight_decay: float,
+        max_grad_norm: float | None,
+    ) -> None:
+        self.model, self.classifier = model, fast.FastClassifier(model, precision)
+        self.optimizer = FastAdamW(self.classifier, lr=lr, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+        self.distributed = accelerator.num_processes > 1
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.classifier(batch.input_ids, batch.lengths)
+
+    def step(self) -> bool:
+        if self.distributed:
+            self.optimizer.all_reduce()
+        norm = self.optimizer.step()
+        self.optimizer.zero_grad()
+        return math.isfinite(norm)
+
+    def settle(self) -> None:
+        self.optimizer.flush()
+
+
+class PlainEngine:
+    """The module as transformers and PEFT wrote it, under autocast, with torch's AdamW: the reference."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        accelerator: Accelerator,
+        reason: str,
+        precision: str,
+        lr: float,
+        weight_decay: float,
+        max_grad_norm: float | None,
+    ) -> None:
+        self.name = f"plain ({reason})"
+        self.model, self.max_grad_norm, self.bf16 = model, max_grad_norm, precision == "bf16"
+        self.distributed = accelerator.num_processes > 1
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        groups = [  # no decay for biases and layer norms, whatever their names
+            {"params": [p for p in self.trained if p.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in self.trained if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=lr, fused=self.trained[0].device.type in ("cpu", "cuda"))
+
+    def forward(self, batch: Batch) -> Tensor:
+        with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.float()
+
+    def step(self) -> bool:
+        if self.distributed:
+            for parameter in self.trained:
+                dist.all_reduce(parameter.grad)
+        norm = nn.utils.clip_grad_norm_(self.trained, self.max_grad_norm or math.inf)
+        finite = math.isfinite(norm)
+        if finite:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return finite
+
+    def settle(self) -> None:
+        pass

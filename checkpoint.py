@@ -85,10 +85,6 @@ class Checkpoints:
         self.saved_at = time.monotonic()
         self.cost = self.saved_at - started
 
-    def newest(self) -> dict[str, Any] | None:
-        """See `newest_whole`."""
-        return newest_whole(self.root)
-
     def clear(self) -> None:
         """Drop them all: a finished run has its model."""
         if self.accelerator.is_main_process:

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 DEFAULT_MODEL = "distilbert-base-uncased"
 DEFAULT_DATASET = "rotten_tomatoes"
 NEWEST = "newest"  # --resume without a run
-MODES = ("finetune", "baseline", "report")
+MODES = ("finetune", "baseline", "report", "sync")
 
 
 class UserError(ValueError):
@@ -49,7 +49,7 @@ class TrainConfig:
     """What one call of the tool was asked to do. Checked when it is made, never changed afterwards."""
 
     mode: str = "finetune"
-    runs: tuple[str, ...] = ()  # --report: the run folders to show, all under output_dir if empty
+    runs: tuple[str, ...] = ()  # --report: the run folders to show, all under output_dir if empty; --sync: its one run
 
     # `None` means that the user left the default: only then may the packaged default stand in for the hub.
     dataset: str | None = flag(
@@ -188,6 +188,7 @@ def build_parser() -> argparse.ArgumentParser:
     modes.add_argument("--finetune", action="store_true", help="fine-tune the whole encoder; with --peft, LoRA")
     modes.add_argument("--baseline", action="store_true", help="fit a LinearSVC on frozen CLS embeddings")
     modes.add_argument("--report", nargs="*", metavar="RUN", help="draw and tabulate finished runs (default: all)")
+    modes.add_argument("--sync", metavar="RUN", help="upload a run to W&B and Comet (default: where it was recorded)")
 
     groups: dict[str, argparse._ArgumentGroup] = {}
     for spec in fields(TrainConfig):
@@ -211,9 +212,9 @@ def parse_args(argv: list[str] | None = None) -> TrainConfig:
     """Command line -> `TrainConfig`. Exits with code 2 and one line on stderr where a flag is wrong."""
     parser = build_parser()
     values = vars(parser.parse_args([_with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]))
-    runs = values.pop("report")  # from here on, values holds what was given, and TrainConfig the defaults
-    chosen = {"finetune": values.pop("finetune"), "baseline": values.pop("baseline"), "report": runs is not None}
-    mode = next((mode for mode in MODES if chosen[mode]), None)
+    chosen = {mode: values.pop(mode) for mode in MODES}  # now values holds what was given, and TrainConfig the defaults
+    mode = next((mode for mode in MODES if chosen[mode] not in (None, False)), None)
+    runs = [chosen["sync"]] if mode == "sync" else chosen["report"]
     run = values.get("resume")
     if mode is None and (run is None or run == NEWEST):
         parser.print_help(sys.stderr)

@@ -71,7 +71,7 @@ class FastEngine:
         self.distributed = accelerator.num_processes > 1
 
     def forward(self, batch: Batch) -> Tensor:
-        return self.classifier(batch.input_ids, batch.lengths)
+        return self.classifier(batch.input_ids, batch.lengths, batch.first, batch.whole)
 
     def step(self) -> bool:
         if self.distributed:

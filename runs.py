@@ -102,9 +102,10 @@ def _native_bf16(kind: str) -> bool:
 
 
 @contextlib.contextmanager
-def open_run(job: Job, record: dict[str, Any]) -> Iterator[tuple[Path, Logger]]:
+def open_run(job: Job, record: dict[str, Any], metrics_bytes: int = 0) -> Iterator[tuple[Path, Logger]]:
     """The run's folder, the same one in every process, and its logger, silent in all but the main one.
 
+    A resumed run keeps `metrics_bytes` of its metrics.jsonl: the lines behind its checkpoint are written again.
     The logger is closed however the block ends, and told how.
     """
     config, accelerator = job.config, job.accelerator
@@ -118,6 +119,8 @@ def open_run(job: Job, record: dict[str, Any]) -> Iterator[tuple[Path, Logger]]:
     if accelerator.is_main_process:
         if not config.resume:
             write_json(run_dir / "config.json", record)
+        elif (run_dir / "metrics.jsonl").exists():
+            os.truncate(run_dir / "metrics.jsonl", metrics_bytes)
         logger = open_logger(
             run_dir,
             wandb=config.wandb,

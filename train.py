@@ -1,7 +1,6 @@
 """Fine-tuning: one loop for full fine-tuning and LoRA, evaluation, and what a finished run leaves behind."""
 
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from tqdm.auto import tqdm
 
 import models
 import runs
-from checkpoint import Checkpoints, GracefulStop
+from checkpoint import Checkpoints, GracefulStop, newest_whole
 from config import Interrupted, TrainConfig, UserError
 from data import Batch, TokenSplit, epoch_steps, sorted_batches
 from engine import Engine, make_engine
@@ -95,10 +94,10 @@ def finetune(config: TrainConfig, source: models.ModelSource) -> Path:
     steps = sum(1 for _ in loader(0))
     schedule = linear_schedule(engine.optimizer, config.warmup_ratio, config.epochs * steps)
     progress = Progress(window_loss=torch.zeros((), device=accelerator.device))
-    with runs.open_run(job, record) as (run_dir, logger), GracefulStop() as stop:
+    state = newest_whole(Path(config.resume) / "checkpoints") if config.resume else None
+    metrics_bytes = restore(state, engine, schedule, progress, accelerator) if state else 0
+    with runs.open_run(job, record, metrics_bytes) as (run_dir, logger), GracefulStop() as stop:
         checkpoints = Checkpoints(run_dir / "checkpoints", config.save_every, accelerator)
-        if config.resume and (state := checkpoints.newest()):
-            restore(state, engine, schedule, progress, accelerator, run_dir)
 
         def after_step() -> None:
             asked = stop.asked(accelerator)
@@ -154,14 +153,9 @@ def snapshot(
 
 
 def restore(
-    state: dict[str, Any],
-    engine: Engine,
-    schedule: LambdaLR,
-    progress: Progress,
-    accelerator: Accelerator,
-    run_dir: Path,
-) -> None:
-    """Put back what `snapshot` took, and cut the lines that metrics.jsonl gained after it."""
+    state: dict[str, Any], engine: Engine, schedule: LambdaLR, progress: Progress, accelerator: Accelerator
+) -> int:
+    """Put back what `snapshot` took. Returns the bytes of metrics.jsonl that were written by then."""
     models.load_trained_state(engine.model, state["weights"])
     engine.optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
@@ -172,9 +166,8 @@ def restore(
     torch.set_rng_state(random["cpu"])
     if accelerator.device.type == "cuda":
         torch.cuda.set_rng_state(random["cuda"], accelerator.device)
-    if accelerator.is_main_process:
-        os.truncate(run_dir / "metrics.jsonl", state["metrics_bytes"])
     accelerator.print(f"resuming at step {progress.global_step}", file=sys.stderr)
+    return state["metrics_bytes"]
 
 
 def linear_schedule(optimizer: torch.optim.Optimizer, warmup_ratio: float, steps: int) -> LambdaLR:

@@ -40,8 +40,6 @@ def tiny_data(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("data")
     for name in ("rotten_tomatoes", "sst2", "ag_news"):
         standin_hub.write_tiny_dataset(root / name, name, 96)
-        for file in (root / name).glob("data/*"):
-            file.rename(root / name / file.name)
     return root
 
 

@@ -9,6 +9,7 @@ as on the real hub. `HF_ENDPOINT` must be set before the client is imported, so 
 
 By hand: `python tests/standin_hub.py --root DIR --port 0` (with `--fill N` it writes tiny contents first).
 """
+
 import argparse
 import base64
 import hashlib
@@ -26,8 +27,10 @@ COMMIT = "5ca1ab1e" * 5  # the one revision of every repository; an upload doesn
 _FIXED = {"/api/whoami-v2": {"name": "tester", "orgs": []}, "/api/validate-yaml": {"errors": [], "warnings": []}}
 _ID = r"(?P<id>[\w.-]+(?:/[\w.-]+)?)"
 _FILE_URL = re.compile(rf"/(?P<kind>datasets/)?{_ID}/resolve/(?P<rev>[^/]+)/(?P<path>.+)")
-_REPO_URL = re.compile(rf"/api/(?P<kind>models|datasets)/{_ID}"
-                       r"(?:/(?P<verb>revision|tree|paths-info|preupload|commit)/(?P<rev>[^/]+)(?:/(?P<path>.+))?)?")
+_REPO_URL = re.compile(
+    rf"/api/(?P<kind>models|datasets)/{_ID}"
+    r"(?:/(?P<verb>revision|tree|paths-info|preupload|commit)/(?P<rev>[^/]+)(?:/(?P<path>.+))?)?"
+)
 
 
 class StandInHub:
@@ -107,14 +110,31 @@ class _Handler(BaseHTTPRequestHandler):
             wanted = parse_qs(body.decode()).get("paths", [])
             self._json([_entry(repo, repo / name) for name in wanted if (repo / name).exists()])
         elif verb == "preupload":  # "regular" whatever the size: the store for large files is not imitated
-            self._json({"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
-                                  for file in json.loads(body)["files"]]})
+            self._json(
+                {
+                    "files": [
+                        {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                        for file in json.loads(body)["files"]
+                    ]
+                }
+            )
         elif verb == "commit":
             self._commit(repo, [json.loads(line) for line in body.splitlines()])
         else:
             names = sorted(each.relative_to(repo).as_posix() for each in repo.rglob("*") if each.is_file())
-            self._json({"id": repo_id, "sha": COMMIT, "private": False, "gated": False, "disabled": False,
-                        "downloads": 0, "likes": 0, "tags": [], "siblings": [{"rfilename": name} for name in names]})
+            self._json(
+                {
+                    "id": repo_id,
+                    "sha": COMMIT,
+                    "private": False,
+                    "gated": False,
+                    "disabled": False,
+                    "downloads": 0,
+                    "likes": 0,
+                    "tags": [],
+                    "siblings": [{"rfilename": name} for name in names],
+                }
+            )
 
     def _create(self, asked: dict[str, Any]) -> None:
         kind, repo_id = f"{asked.get('type') or 'model'}s", f"{asked.get('organization') or 'tester'}/{asked['name']}"
@@ -156,8 +176,12 @@ def _git_oid(data: bytes) -> str:
 
 def _entry(repo: Path, path: Path) -> dict[str, Any]:
     data = b"" if path.is_dir() else path.read_bytes()
-    return {"type": "directory" if path.is_dir() else "file", "oid": _git_oid(data), "size": len(data),
-            "path": path.relative_to(repo).as_posix()}
+    return {
+        "type": "directory" if path.is_dir() else "file",
+        "oid": _git_oid(data),
+        "size": len(data),
+        "path": path.relative_to(repo).as_posix(),
+    }
 
 
 MODEL_ID = "distilbert/distilbert-base-uncased"
@@ -168,8 +192,12 @@ DATASETS = {  # as in the real repositories: hub id, folder of the data files, c
     "ag_news": ("fancyzhx/ag_news", "data/", "World Sports Business Sci/Tech", "train test"),
 }
 FILLER = "the a this film movie story plot is was and with of it one scene actor".split()
-TELLING = ["awful boring dull bad clumsy tedious".split(), "great moving funny good brilliant warm".split(),
-           "shares profit bank merger".split(), "software chip orbit browser".split()]  # by label
+TELLING = [
+    "awful boring dull bad clumsy tedious".split(),
+    "great moving funny good brilliant warm".split(),
+    "shares profit bank merger".split(),
+    "software chip orbit browser".split(),
+]  # by label
 
 
 def write_tiny_model(folder: Path | str) -> None:
@@ -221,9 +249,13 @@ def write_tiny_dataset(folder: Path | str, name: str, n: int) -> None:
         pq.write_table(pa.table(_rows(name, split, size, len(names)), schema=schema), path)
     config = {"config_name": "plain_text" if name == "imdb" else "default"}
     kinds: dict[str, Any] = types | {"label": {"class_label": {"names": {str(i): c for i, c in enumerate(names)}}}}
-    card: dict[str, Any] = {"dataset_info": config | {
-        "features": [{"name": key, "dtype": kind} for key, kind in kinds.items()],
-        "splits": [{"name": split, "num_bytes": 0, "num_examples": size} for split, size in sizes.items()]}}
+    card: dict[str, Any] = {
+        "dataset_info": config
+        | {
+            "features": [{"name": key, "dtype": kind} for key, kind in kinds.items()],
+            "splits": [{"name": split, "num_bytes": 0, "num_examples": size} for split, size in sizes.items()],
+        }
+    }
     if data:  # rotten_tomatoes has no `configs`
         card["configs"] = [config | {"data_files": [{"split": key, "path": f"{data}{key}-*"} for key in sizes]}]
     front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in card.items())  # JSON is YAML

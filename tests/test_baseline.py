@@ -23,7 +23,8 @@ def test_it_leaves_the_records_of_a_run_and_the_second_is_the_same(cli, monkeypa
 
 
 def test_multi_class(cli):
-    assert cli("--baseline", dataset="ag_news")[0] == 0
+    code, _, err = cli("--baseline", dataset="ag_news")
+    assert code == 0, err
     (run,) = cli.runs.iterdir()
     rows, result = read_lines(run / "predictions.jsonl"), read_json(run / "result.json")
     assert len(rows[0]["probabilities"]) == 4

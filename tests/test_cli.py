@@ -34,9 +34,9 @@ def test_named_model_and_data_really_come_from_the_hub_then_from_its_cache(hub, 
     hub.fail_with = 503  # down, but everything is in the cache
     again = command(*words, **env)
     assert again.returncode == 0, again.stderr
-    assert read_json(tmp_path / "runs" / f"{run.name}-2" / "result.json")["test"] == read_json(
-        run / "result.json"
-    )["test"]
+    assert (
+        read_json(tmp_path / "runs" / f"{run.name}-2" / "result.json")["test"] == read_json(run / "result.json")["test"]
+    )
 
 
 @pytest.mark.parametrize(

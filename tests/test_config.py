@@ -46,6 +46,7 @@ def test_defaults_are_the_documented_ones():
         ("--baseline", "baseline", "baseline", ()),
         ("--report", "report", "full", ()),
         ("--report runs/a runs/b", "report", "full", ("runs/a", "runs/b")),
+        ("--sync runs/a", "sync", "full", ("runs/a",)),
     ],
 )
 def test_modes(words, mode, method, runs):
@@ -56,10 +57,12 @@ def test_modes(words, mode, method, runs):
 def test_no_mode_prints_the_help_and_exits_with_2(capsys):
     said = refusal(capsys, "--epochs", "5")
     assert "usage:" in said and "--batch_size" in said
-    assert said.splitlines()[-1] == "error: choose one of --finetune, --baseline, --report"
+    assert said.splitlines()[-1] == "error: choose one of --finetune, --baseline, --report, --sync"
 
 
-@pytest.mark.parametrize("words", ["--finetune --baseline", "--baseline --report", "--report x --finetune"])
+@pytest.mark.parametrize(
+    "words", ["--finetune --baseline", "--baseline --report", "--report x --finetune", "--report --sync x"]
+)
 def test_two_modes_are_refused(words, capsys):
     said = refusal(capsys, *words.split())
     first, second = (word for word in words.split() if word.startswith("--"))

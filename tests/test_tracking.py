@@ -1,4 +1,5 @@
 """tracking.py with the real wandb and comet_ml: offline, and against servers on this machine that misbehave."""
+
 from __future__ import annotations
 
 import gzip
@@ -22,7 +23,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import tracking  # noqa: E402
+import tracking
 
 WANDB_KEY, COMET_KEY = "wandbsecret" * 4, "cometsecret" * 3
 # By step: train and validation in separate calls at one step, the last step among them.
@@ -70,8 +71,9 @@ class Server(ThreadingHTTPServer):
     def runs(self) -> set[str]:
         """The ids of all runs that metrics came for."""
         streams = {path.split("/")[-2] for path, _ in self.requests if path.endswith("/file_stream")}
-        return streams | {json.loads(body)["experimentKey"] for path, body in self.requests
-                          if path.endswith("/experiment/metric")}
+        return streams | {
+            json.loads(body)["experimentKey"] for path, body in self.requests if path.endswith("/experiment/metric")
+        }
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -100,7 +102,7 @@ class Handler(BaseHTTPRequestHandler):
 
     do_GET = do_POST = do_PUT = answer
 
-    def content(self, body: bytes) -> dict[str, Any]:
+    def content(self, body: bytes) -> dict[str, Any]:  # noqa: PLR0911, one reply for each kind of request
         if self.path == "/graphql":
             request = json.loads(body)
             query, given = request["query"], request["variables"]
@@ -139,8 +141,8 @@ def wandb_offline(run_dir: Path) -> tuple[Copy, dict[str, Any], int | None]:
         if 32768 - place % 32768 < 7:
             place += 32768 - place % 32768
             continue
-        _, length, kind = struct.unpack("<IHB", data[place:place + 7])
-        record += data[place + 7:place + 7 + length]
+        _, length, kind = struct.unpack("<IHB", data[place : place + 7])
+        record += data[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):
             message = wandb_internal_pb2.Record.FromString(record)
@@ -220,8 +222,12 @@ def log_rows(logger: tracking.Logger, rows: list[Any] = ROWS) -> float:
 def point_at(env: Any, server: Server | None) -> None:
     """Both trackers at one server with dummy keys; None is a port that refuses."""
     url = server.url if server else "http://127.0.0.1:9"
-    for name, value in {"WANDB_BASE_URL": url, "WANDB_API_KEY": WANDB_KEY, "COMET_URL_OVERRIDE": f"{url}/clientlib/",
-                        "COMET_API_KEY": COMET_KEY}.items():
+    for name, value in {
+        "WANDB_BASE_URL": url,
+        "WANDB_API_KEY": WANDB_KEY,
+        "COMET_URL_OVERRIDE": f"{url}/clientlib/",
+        "COMET_API_KEY": COMET_KEY,
+    }.items():
         env.setenv(name, value)
 
 
@@ -258,8 +264,15 @@ class Outcome:
     close_seconds: float
 
 
-SCENARIOS = {"refuse": None, "hang": "hang", "500": "500", "late-hang": "late-hang", "late-500": "late-500",
-             "mid-hang": "ok", "mid-500": "ok"}
+SCENARIOS = {
+    "refuse": None,
+    "hang": "hang",
+    "500": "500",
+    "late-hang": "late-hang",
+    "late-500": "late-500",
+    "mid-hang": "ok",
+    "mid-500": "ok",
+}
 
 
 @pytest.fixture(scope="module")
@@ -405,9 +418,11 @@ def test_a_config_file_without_a_key_leaves_comet_off(tmp_path: Path, monkeypatc
 
 def test_copies_are_finished_when_training_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     point_at(monkeypatch, None)
-    script = ("import sys, time; sys.path[:0] = sys.argv[2:]; import pathlib, tracking, test_tracking as t\n"
-              "logger = tracking.open_logger(pathlib.Path(sys.argv[1]), wandb=True, project='p', run_name='r')\n"
-              "t.log_rows(logger); print('ready', flush=True); time.sleep(60)\n")
+    script = (
+        "import sys, time; sys.path[:0] = sys.argv[2:]; import pathlib, tracking, test_tracking as t\n"
+        "logger = tracking.open_logger(pathlib.Path(sys.argv[1]), wandb=True, project='p', run_name='r')\n"
+        "t.log_rows(logger); print('ready', flush=True); time.sleep(60)\n"
+    )
     command = [sys.executable, "-c", script, str(tmp_path), str(ROOT), str(ROOT / "tests")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True) as run:
         run.stdout.readline()
@@ -426,7 +441,7 @@ def test_resume_continues_the_online_runs(tmp_path: Path, monkeypatch: pytest.Mo
         logger = tracking.open_logger(tmp_path, wandb=True, project="p", run_name="r", resume=bool(resume))
         log_rows(logger, rows)
         logger.close()
-        with open(tmp_path / "metrics.jsonl", "a") as file:
+        with (tmp_path / "metrics.jsonl").open("a") as file:
             file.write('{"step": 99, "tra' * (1 - resume))  # as a killed run leaves it
     ids = {json.loads((tmp_path / name / "state.json").read_text())["id"] for name in ("wandb", "comet")}
     assert servers[0].runs() == servers[1].runs() == ids
@@ -443,7 +458,7 @@ def test_sync_rebuilds_both_copies_once(
     unsure = {json.loads((run_dir / name / "state.json").read_text())["id"] for name in ("wandb", "comet")}
     (run_dir / "config.json").write_text(json.dumps({"lr": 2e-5}))
     again = {"step": 2, "epoch": 0.5, "time": time.time(), "train/loss": 0.25}  # as a run resumed from step 1 leaves
-    with open(run_dir / "metrics.jsonl", "a") as file:
+    with (run_dir / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(again) + "\n")
     point_at(monkeypatch, None)
     failed = tracking.sync(run_dir, wandb=True, comet=False)
@@ -464,6 +479,36 @@ def test_sync_rebuilds_both_copies_once(
         tracking.sync(tmp_path, wandb=True, comet=True)
 
 
+def test_sync_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def main(*words: str) -> tuple[int, list[str], str]:
+        done = subprocess.run(
+            [sys.executable, ROOT / "main.py", "--sync", *words], capture_output=True, text=True, check=False
+        )
+        lines = [line.split(", ")[0].split(" http")[0] for line in done.stdout.splitlines()]
+        return done.returncode, lines, done.stderr
+
+    run_dir, empty, server = tmp_path / "run", tmp_path / "empty", Server()
+    empty.mkdir()
+    logger = tracking.open_logger(run_dir, comet=False, project="p", run_name="r")
+    log_rows(logger)
+    logger.close()
+    point_at(monkeypatch, server)
+    (run_dir / "config.json").write_text(json.dumps({"config": {"wandb": False, "comet": None}}))
+    for folder, why in ((empty, "no metrics.jsonl"), (tmp_path / "gone", "no metrics.jsonl"), (run_dir, "--wandb")):
+        code, out, err = main(str(folder))
+        assert (code, out) == (2, []) and err.count("\n") == 1, err
+        assert err.startswith("error: ") and str(folder) in err and why in err
+    (run_dir / "config.json").write_text(json.dumps({"config": {"wandb": True, "comet": None, "project": "mine"}}))
+    assert main(str(run_dir)) == (0, ["W&B: recording to", "W&B: complete at"], "")
+    assert main(str(run_dir), "--comet") == (0, ["W&B: nothing to do", "Comet: recording to", "Comet: complete at"], "")
+    assert_wandb(server.wandb_rows(), run_dir)
+    assert_comet(server.comet_rows(), run_dir)
+    assert any(b'"mine"' in body for path, body in server.requests if path == "/graphql")
+    assert main(str(run_dir)) == (0, ["W&B: nothing to do", "Comet: nothing to do"], "")
+    assert main(str(run_dir), "--no-comet") == (0, ["W&B: nothing to do"], "")
+    assert_no_secret(run_dir)
+
+
 def test_the_upload_commands_that_were_printed_work(
     outcomes: dict[str, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -471,8 +516,11 @@ def test_the_upload_commands_that_were_printed_work(
     point_at(monkeypatch, server)
     for name in ("TMPDIR", "XDG_CACHE_HOME"):  # these commands keep logs there
         monkeypatch.setenv(name, str(tmp_path))
-    commands = [line.split("To upload later: ")[1].split(", or")[0].split() for line in outcomes["refuse"].lines
-                if "To upload later: " in line]
+    commands = [
+        line.split("To upload later: ")[1].split(", or")[0].split()
+        for line in outcomes["refuse"].lines
+        if "To upload later: " in line
+    ]
     scripts = Path(sys.executable).parent
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": tmp_path}
     uploads = [subprocess.Popen([str(scripts / name), *rest], **quiet) for name, *rest in commands]
@@ -484,14 +532,30 @@ def test_the_upload_commands_that_were_printed_work(
 def test_scalars_of_numpy_and_torch_become_plain_numbers(tmp_path: Path) -> None:
     np, torch = pytest.importorskip("numpy"), pytest.importorskip("torch")
     logger = tracking.open_logger(tmp_path, comet=False, project="p", run_name="r")
-    values = {"a": np.float32(0.1), "b": np.int64(7), "c": torch.tensor(0.5), "d": torch.tensor(3), "e": -math.inf,
-              "f": np.float64("nan"), "g": 2}
+    values = {
+        "a": np.float32(0.1),
+        "b": np.int64(7),
+        "c": torch.tensor(0.5),
+        "d": torch.tensor(3),
+        "e": -math.inf,
+        "f": np.float64("nan"),
+        "g": 2,
+    }
     before = time.time()
     logger.log(values, step=np.int64(5), epoch=torch.tensor(1.5))
-    row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name))
+    row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
     assert list(row)[:3] == ["step", "epoch", "time"] and before <= row.pop("time") <= time.time()
-    assert row == {"step": 5, "epoch": 1.5, "a": float(np.float32(0.1)), "b": 7, "c": 0.5, "d": 3, "e": "-Infinity",
-                   "f": "NaN", "g": 2}
+    assert row == {
+        "step": 5,
+        "epoch": 1.5,
+        "a": float(np.float32(0.1)),
+        "b": 7,
+        "c": 0.5,
+        "d": 3,
+        "e": "-Infinity",
+        "f": "NaN",
+        "g": 2,
+    }
     assert isinstance(row["b"], int) and math.isnan(float(row["f"]))
     for bad in ("0.5", None, True, np.zeros(2), torch.zeros(2)):
         with pytest.raises(ValueError, match="val/f1 must be one number"):
@@ -509,8 +573,9 @@ def test_console(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, t
     logger.close()
     out, err = capsys.readouterr()
     train = ["step 1  epoch 0.25  train/loss 0.7  train/lr 1e-05  train/samples_per_second 1,234"]
-    assert out == "" and err.splitlines()[0:1] == (["step 4  epoch 1.00  val/accuracy 0.875  val/loss nan"]
-                                                   if terminal else train)
+    assert out == "" and err.splitlines()[0:1] == (
+        ["step 4  epoch 1.00  val/accuracy 0.875  val/loss nan"] if terminal else train
+    )
     assert len(err.splitlines()) == (2 if terminal else 6) and ("train/" in err) is not terminal
 
 

@@ -1,0 +1,208 @@
+"""DistilBERT for sequence classification, written out by hand: forward, backward, bf16, LoRA.
+
+The parameters stay those of the Hugging Face (or PEFT) module; this file only computes with them. Shapes:
+B sequences, L tokens each (padded on the right), N = B * L, D width, H heads, d = D / H, C classes, r rank.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from layers import Arena, Draw, Embedding, Layer, Shape, base_layer
+
+SITES = ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin", "ffn.lin1", "ffn.lin2")
+
+
+def _classifier(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def supports(model: nn.Module) -> str | None:  # noqa: PLR0911
+    """None if `FastClassifier` can run this model, else the reason in words."""
+    inner = _classifier(model)
+    if type(inner).__name__ != "DistilBertForSequenceClassification":
+        return f"{type(inner).__name__} is not DistilBertForSequenceClassification"
+    if inner.config.activation != "gelu":
+        return f"activation {inner.config.activation!r} is not 'gelu'"
+    if any(p.dtype != torch.float32 for p in model.parameters()):
+        return "parameters are not all float32"
+    for block in inner.distilbert.transformer.layer:
+        modules = [block.get_submodule(name) for name in SITES]
+        for name, module in zip(SITES, modules):
+            if type(module) is not nn.Linear and (reason := _unsupported_lora(module)):
+                return f"{name}: {reason}"
+        for group in (modules[:3], modules[3:4], modules[4:5], modules[5:]):
+            if len({p.requires_grad for m in group for p in base_layer(m).parameters()}) > 1:
+                return "a linear layer is trainable in part"
+            if len({m.r[m.active_adapters[0]] for m in group if hasattr(m, "lora_A")}) > 1:
+                return "q_lin, k_lin and v_lin have different LoRA ranks"
+    allowed = {id(p) for p in _read_parameters(inner)} | {id(inner.distilbert.embeddings.word_embeddings.weight)}
+    strangers = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in allowed]
+    return f"{strangers[0]} is trainable but unknown to the fast path" if strangers else None
+
+
+def _unsupported_lora(module: nn.Module) -> str | None:
+    """Why this adapted linear layer is more than base(x) + scaling * B(A(dropout(x)))."""
+    if type(module).__name__ != "Linear" or not hasattr(module, "lora_A"):
+        return f"{type(module).__name__} is neither nn.Linear nor a LoRA linear layer"
+    if len(module.lora_A) != 1 or list(module.active_adapters) != list(module.lora_A):
+        return "not exactly one active LoRA adapter"
+    if module.lora_variant or module.merged or module.disable_adapters or any(module.lora_bias.values()):
+        return "a LoRA variant (DoRA, bias, merged or disabled adapter)"
+    if any(p.requires_grad for p in module.base_layer.parameters()):
+        return "both the base layer and its adapter are trainable"
+    return None
+
+
+def _read_parameters(inner: nn.Module) -> list[nn.Parameter]:
+    """Every parameter the fast path reads but the word embeddings, those of one fused product side by side."""
+    params: list[nn.Parameter] = []
+    for block in inner.distilbert.transformer.layer:
+        modules = [block.get_submodule(name) for name in SITES]
+        for kind in ("weight", "bias"):
+            params += [getattr(base_layer(m), kind) for m in modules]
+            params += [getattr(n, kind) for n in (block.sa_layer_norm, block.output_layer_norm)]
+        for kind in ("lora_A", "lora_B"):
+            params += [p for m in modules if hasattr(m, kind) for p in getattr(m, kind).parameters()]
+    embeddings = inner.distilbert.embeddings
+    params += [embeddings.position_embeddings.weight, *embeddings.LayerNorm.parameters()]
+    return params + _head_parameters(inner)
+
+
+def _head_parameters(inner: nn.Module) -> list[nn.Parameter]:
+    heads = (inner.pre_classifier, inner.classifier)
+    chosen = [h.modules_to_save[h.active_adapters[0]] if hasattr(h, "modules_to_save") else h for h in heads]
+    return [p for module in chosen for p in module.parameters()]
+
+
+class _Encode(torch.autograd.Function):
+    """The encoder as one autograd node: its backward writes the gradients where the optimiser reads them."""
+
+    @staticmethod
+    def forward(
+        ctx, anchor: Tensor, fast: "FastClassifier", source: Tensor, shape: Shape, from_ids: bool, draw: Draw
+    ) -> Tensor:
+        cls, ctx.saved = fast._run(source, shape, from_ids, draw, save=True)
+        ctx.fast, ctx.shape = fast, shape
+        return cls
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy: Tensor):
+        ctx.fast._run_backward(dy, ctx.saved, ctx.shape)
+        ctx.saved = None
+        return None, None, None, None, None, None
+
+
+class FastClassifier:
+    """`fast(input_ids [B, L], lengths [B]) -> logits [B, C] fp32`, differentiable through `loss.backward()`.
+
+    model: anything `supports` accepts, fp32, on its device; train/eval follows `model.training`.
+    precision: "bf16" (fp32 masters, bf16 products, fp32 residual stream and norms) or "fp32".
+    frozen_prefix: this many layers, and the embeddings, run as in evaluation (no dropout, no gradient).
+    """
+
+    def __init__(self, model: nn.Module, precision: str = "bf16", frozen_prefix: int = 0):
+        if reason := supports(model):
+            raise ValueError(f"the fast path cannot run this model: {reason}")
+        if precision not in ("bf16", "fp32"):
+            raise ValueError(f"precision must be bf16 or fp32, not {precision!r}")
+        self.model, self.inner = model, _classifier(model)
+        config, encoder = self.inner.config, self.inner.distilbert
+        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.arena = Arena(_read_parameters(self.inner), _head_parameters(self.inner), self.dtype)
+        self.embedding = Embedding(self.arena, encoder.embeddings, config.dropout)
+        self.table = self.embedding.table
+        blocks = encoder.transformer.layer
+        self.layers = [Layer(self.arena, b, config, last=i + 1 == len(blocks)) for i, b in enumerate(blocks)]
+        self.frozen_prefix = frozen_prefix
+        trained = [i for i, b in enumerate(blocks) if any(p.requires_grad for p in b.parameters())]
+        self.first = -1 if self.embedding.trained else min(trained, default=len(blocks))  # lowest with a gradient
+        if frozen_prefix and self.first < frozen_prefix:
+            raise ValueError(f"layer {self.first} is trainable but frozen_prefix is {frozen_prefix}")
+        self.lazy, self.table_grads = None, []
+        self.anchor = torch.zeros((), requires_grad=True)
+
+    def attach(self, lazy) -> None:
+        """Let a LazyTable bring rows up to date before they are read."""
+        self.lazy = lazy
+
+    def _shape(self, lengths: Tensor, b: int, length: int) -> Shape:
+        if lengths.ndim == 2:  # an attention mask
+            lengths = lengths.sum(1)
+        if int(lengths.min()) == length:
+            return Shape(b, length, None)
+        hidden = torch.arange(length, device=lengths.device) >= lengths[:, None]  # [B, L]
+        hidden_keys = torch.zeros(b, 1, 1, length, device=lengths.device)
+        return Shape(b, length, hidden_keys.masked_fill_(hidden[:, None, None], -math.inf))
+
+    def _run(self, source: Tensor, shape: Shape, from_ids: bool, draw: Draw, save: bool) -> tuple[Tensor, list]:
+        """ids [B, L] or prefix output [B, L, D] -> CLS state [B, D] and what backward needs, layer by layer."""
+        saved: list = []
+        if from_ids:
+            x, kept = self.embedding.forward(source, draw)
+            saved.append(kept if save and self.embedding.trained else None)
+        else:
+            x = source.reshape(shape.b * shape.length, -1).float()
+            saved.append(None)
+        for i, layer in enumerate(self.layers):
+            if not from_ids and i < self.frozen_prefix:
+                continue
+            x, kept = layer.forward(x, shape, draw)
+            saved.append(kept if save and i >= self.first else None)
+        return x, saved
+
+    def _run_backward(self, dy: Tensor, saved: list, shape: Shape) -> None:
+        layers = self.layers[len(self.layers) - len(saved) + 1 :]
+        for layer, kept in zip(reversed(layers), reversed(saved)):
+            if kept is None:
+                break
+            lowest = self.first >= 0 and layer is self.layers[self.first]
+            dy = layer.backward(dy, kept, shape, need_dx=not lowest)
+        if saved[0] is not None:
+            grads = self.embedding.backward(dy, saved[0])
+            if grads and self.lazy:
+                self.table_grads.append(grads)
+            elif grads:
+                self.table.grad = torch.zeros_like(self.table) if self.table.grad is None else self.table.grad
+                self.table.grad.index_add_(0, *grads)
+        self.arena.fresh = False
+
+    def _head(self, cls: Tensor, draw: Draw) -> Tensor:
+        """CLS state [B, D] -> logits [B, C], in fp32 by ordinary autograd."""
+        h = torch.relu(self.inner.pre_classifier(cls))
+        p = self.inner.config.seq_classif_dropout
+        keep = draw(tuple(h.shape), p, h)
+        return self.inner.classifier(h if keep is None else h * keep / (1 - p))
+
+    def prefix(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """ids [B, L] -> output of the embeddings and the frozen layers [B, L, D], without dropout, cacheable."""
+        with torch.inference_mode():
+            self.arena.sync_if_changed()
+            shape, draw = self._shape(lengths, *ids.shape), Draw(False)
+            x, _ = self.embedding.forward(ids, draw)
+            for layer in self.layers[: self.frozen_prefix]:
+                x, _ = layer.forward(x, shape, draw)
+            return x.to(self.dtype).view(*ids.shape, -1)
+
+    def suffix(self, hidden: Tensor, lengths: Tensor, first: int = 0, whole: int | None = None) -> Tensor:
+        """`prefix`'s output [B, L, D] -> logits [B, C]."""
+        return self._logits(hidden, lengths, False, Draw(self.model.training, len(hidden), first, whole))
+
+    def __call__(self, ids: Tensor, lengths: Tensor, first: int = 0, whole: int | None = None) -> Tensor:
+        """Where processes share a batch of `whole` rows, `ids` are the rows from `first` on: see Draw."""
+        if self.frozen_prefix:
+            return self.suffix(self.prefix(ids, lengths), lengths, first, whole)
+        if self.lazy:
+            self.lazy.catch_up(torch.unique(ids))
+        return self._logits(ids, lengths, True, Draw(self.model.training, len(ids), first, whole))
+
+    def _logits(self, source: Tensor, lengths: Tensor, from_ids: bool, draw: Draw) -> Tensor:
+        self.arena.sync_if_changed()
+        shape = self._shape(lengths, source.shape[0], source.shape[1])
+        if torch.is_grad_enabled():
+            cls = _Encode.apply(self.anchor, self, source, shape, from_ids, draw)
+        else:
+            cls, _ = self._run(source, shape, from_ids, draw, save=False)
+        return self._head(cls, draw)

@@ -75,6 +75,14 @@ class TrainConfig:
     lora_alpha: float = flag(32, "model", "the adapters' output is scaled by alpha / r", type=float, metavar="A")
     lora_dropout: float = flag(0.1, "model", "dropout in front of the adapters", type=float, metavar="P")
 
+    lora_layers: int | None = flag(
+        None,
+        "model",
+        "adapt the last K layers only; those below are frozen and computed once (default: all)",
+        type=int,
+        metavar="K",
+    )
+
     epochs: int = flag(3, "training", "passes over the training rows", type=int)
     lr: float = flag(2e-5, "training", "peak learning rate", type=float)
     batch_size: int = flag(16, "training", "examples in one forward pass, all processes together", type=int)
@@ -118,7 +126,7 @@ class TrainConfig:
     plots_dir: str = flag("plots", "output", "--report draws its pictures here", metavar="DIR")
 
     def __post_init__(self) -> None:
-        at_least = {"max_length": 3, "limit": 1, "lora_r": 1, "epochs": 1, "batch_size": 1}
+        at_least = {"max_length": 3, "limit": 1, "lora_r": 1, "lora_layers": 1, "epochs": 1, "batch_size": 1}
         for name, low in {**at_least, "gradient_accumulation_steps": 1, "save_every": 1, "seed": 0}.items():
             value = getattr(self, name)
             _require(value is None or value >= low, name, value, f"a whole number of at least {low}")
@@ -137,6 +145,8 @@ class TrainConfig:
         for name in ("dataset", "dataset_dir", "model", "project", "output_dir", "plots_dir"):
             value = getattr(self, name)
             _require(value is None or value.strip(), name, value, "a name or a path")
+        if self.lora_layers is not None and not self.peft:
+            raise UserError("--lora_layers goes with --peft")
         for name in ("peft", "resume"):
             if getattr(self, name) and self.mode != "finetune":
                 raise UserError(f"--{name} goes with --finetune")

@@ -66,6 +66,7 @@ class Batch(NamedTuple):
     labels: torch.Tensor  # [B] int64
     first: int  # place of row 0 in the whole batch
     whole: int  # rows of the whole batch
+    hidden: torch.Tensor | None = None  # [B, L, D]: the frozen layers' output, where it is kept (prefix.py)
 
     @property
     def attention_mask(self) -> torch.Tensor:
@@ -76,8 +77,10 @@ class Batch(NamedTuple):
     def to(self, device: torch.device) -> "Batch":
         if device.type == "cpu":
             return self
-        moved = (tensor.to(device, non_blocking=True) for tensor in self[:3])
-        return Batch(*moved, self.first, self.whole)
+        ids, lengths, labels, hidden = (
+            tensor if tensor is None else tensor.to(device, non_blocking=True) for tensor in (*self[:3], self.hidden)
+        )
+        return Batch(ids, lengths, labels, self.first, self.whole, hidden)
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,8 @@ class TokenSplit:
     labels: np.ndarray  # [n] int64
     lengths: np.ndarray  # [n] int32
     pad_id: int
+    key: str  # of texts, labels, tokenizer and cut: the same key, the same token ids
+    hidden: Any = None  # prefix.HiddenStates, where frozen layers are computed once
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -101,7 +106,8 @@ class TokenSplit:
         ids = np.full(mask.shape, self.pad_id, np.int64)
         ids[mask] = column.flatten().to_numpy()
         tensors = (torch.from_numpy(array) for array in (ids, lengths.astype(np.int64), self.labels[mine]))
-        return Batch(*tensors, start, len(indices))
+        hidden = self.hidden.batch(mine, ids.shape[1]) if self.hidden else None
+        return Batch(*tensors, start, len(indices), hidden)
 
 
 def load_data(dataset: str | None, dataset_dir: str | None, limit: int | None, seed: int) -> TextData:
@@ -292,6 +298,7 @@ def tokenize(data: TextData, tokenizer: Any, max_length: int) -> dict[str, Token
             columns["label"].astype(np.int64),
             columns["length"].astype(np.int32),
             tokenizer.pad_token_id,
+            key,
         )
     return done
 

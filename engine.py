@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import fast
 from data import Batch
+from models import encoder_blocks
 from optim import FastAdamW
 
 
@@ -31,6 +32,10 @@ class Engine(Protocol):
         """
         ...
 
+    def train_mode(self) -> None:
+        """Turn dropout on, but in frozen layers."""
+        ...
+
     def settle(self) -> None:
         """Bring every weight of the module up to date, for whoever reads it next."""
         ...
@@ -44,11 +49,15 @@ def make_engine(
     lr: float,
     weight_decay: float,
     max_grad_norm: float,
+    frozen_prefix: int = 0,
     plain: bool = False,
 ) -> Engine:
-    """The fast path where it can run this model (it gives the same answer to rounding), else the plain one."""
+    """The fast path where it can run this model (it gives the same answer to rounding), else the plain one.
+
+    frozen_prefix: so many of the lowest layers, and the embeddings, run without dropout.
+    """
     reason = "--plain" if plain else fast.supports(model)
-    settings = (precision, lr, weight_decay, max_grad_norm or None)
+    settings = (precision, lr, weight_decay, max_grad_norm or None, frozen_prefix)
     return PlainEngine(model, accelerator, reason, *settings) if reason else FastEngine(model, accelerator, *settings)
 
 
@@ -65,13 +74,20 @@ class FastEngine:
         lr: float,
         weight_decay: float,
         max_grad_norm: float | None,
+        frozen_prefix: int,
     ) -> None:
-        self.model, self.classifier = model, fast.FastClassifier(model, precision)
+        self.model, self.frozen_prefix = model, frozen_prefix
+        self.classifier = fast.FastClassifier(model, precision, frozen_prefix)
         self.optimizer = FastAdamW(self.classifier, lr=lr, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
         self.distributed = accelerator.num_processes > 1
 
     def forward(self, batch: Batch) -> Tensor:
+        if batch.hidden is not None:
+            return self.classifier.suffix(batch.hidden, batch.lengths, batch.first, batch.whole)
         return self.classifier(batch.input_ids, batch.lengths, batch.first, batch.whole)
+
+    def train_mode(self) -> None:
+        self.model.train()
 
     def step(self) -> bool:
         if self.distributed:
@@ -96,8 +112,11 @@ class PlainEngine:
         lr: float,
         weight_decay: float,
         max_grad_norm: float | None,
+        frozen_prefix: int,
     ) -> None:
         self.name = f"plain ({reason})"
+        self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.frozen_prefix = frozen_prefix
         self.model, self.max_grad_norm, self.bf16 = model, max_grad_norm, precision == "bf16"
         self.distributed = accelerator.num_processes > 1
         self.trained = [p for p in model.parameters() if p.requires_grad]
@@ -110,6 +129,12 @@ class PlainEngine:
     def forward(self, batch: Batch) -> Tensor:
         with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.bf16):
             return self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.float()
+
+    def train_mode(self) -> None:
+        self.model.train()
+        if self.frozen_prefix:
+            self.base.base_model.eval()
+            encoder_blocks(self.base)[1][self.frozen_prefix :].train()
 
     def step(self) -> bool:
         if self.distributed:

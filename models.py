@@ -1,6 +1,7 @@
 """Tokenizer and encoder from a folder, the hub or the packaged default; LoRA; saving."""
 
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,26 +104,42 @@ def encoder_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float) -> nn.Module:
-    """`model` with a LoRA adapter on every linear layer of its encoder; only they and the head are trained.
+def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float, layers: int | None = None) -> nn.Module:
+    """`model` with a LoRA adapter on every linear layer of its encoder, or of the last `layers` of its blocks.
 
-    (Hu et al. 2021, through PEFT: the output gains alpha / rank * B A x, and B starts at zero.)
+    Only the adapters and the head are trained. (Hu et al. 2021, through PEFT: the output gains alpha / rank * B A x,
+    and B starts at zero.) Raises UserError for more layers than there are.
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
     prefix = model.base_model_prefix
     linear = {name.rpartition(".")[2] for name, part in model.base_model.named_modules() if isinstance(part, nn.Linear)}
     heads = [name for name, part in model.named_children() if name != prefix and any(True for _ in part.parameters())]
+    where = rf"{prefix}\..*"
+    if layers is not None:
+        name, blocks = encoder_blocks(model)
+        if layers > len(blocks):
+            raise UserError(f"--lora_layers: expected at most {len(blocks)}, the encoder's layers, got {layers}")
+        chosen = "|".join(str(number) for number in range(len(blocks) - layers, len(blocks)))
+        where = rf"{prefix}\.{re.escape(name)}\.({chosen})\..*"
     settings = LoraConfig(
         task_type=TaskType.SEQ_CLS,
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
         # A pattern that begins with the encoder's name, since heads have layers called `dense` too.
-        target_modules=rf"{prefix}\..*\.({'|'.join(sorted(linear))})",
+        target_modules=rf"{where}\.({'|'.join(sorted(linear))})",
         modules_to_save=heads,
     )
     return get_peft_model(model, settings)
+
+
+def encoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """(name within the encoder, blocks): its longest list of modules."""
+    lists = [(name, part) for name, part in model.base_model.named_modules() if isinstance(part, nn.ModuleList)]
+    if not lists:
+        raise UserError("--lora_layers: this encoder has no list of layers")
+    return max(lists, key=lambda found: len(found[1]))
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -23,8 +23,9 @@ import runs
 from checkpoint import Checkpoints, GracefulStop, newest_whole
 from config import Interrupted, TrainConfig, UserError
 from data import Batch, TokenSplit, epoch_steps, sorted_batches
-from engine import Engine, make_engine
+from engine import Engine, FastEngine, make_engine
 from metrics import score, score_with_intervals
+from prefix import with_prefix
 from tracking import Logger
 
 EVAL_BATCH_SIZE = 64
@@ -74,10 +75,55 @@ def finetune(config: TrainConfig, source: models.ModelSource) -> Path:
             print(f"{wanted.resume} is finished already")
             return Path(wanted.resume)
     job = runs.prepare(config, source)
-    accelerator, model, rows = job.accelerator, job.model, job.splits["train"]
     record = runs.describe(job)  # before LoRA renames the encoder's weights
+    engine, loader, schedule = set_up(job, record)
+    progress = Progress(window_loss=torch.zeros((), device=job.accelerator.device))
+    state = newest_whole(Path(config.resume) / "checkpoints") if config.resume else None
+    metrics_bytes = restore(state, engine, schedule, progress, job.accelerator) if state else 0
+    with runs.open_run(job, record, metrics_bytes) as (run_dir, logger), GracefulStop() as stop:
+        checkpoints = Checkpoints(run_dir / "checkpoints", config.save_every, job.accelerator)
+
+        def after_step() -> None:
+            asked = stop.asked(job.accelerator)
+            if asked or checkpoints.due(progress.global_step):
+                checkpoints.save(progress.global_step, snapshot(engine, schedule, progress, job.accelerator, run_dir))
+            if asked:
+                raise Interrupted(asked, run_dir, progress.global_step)
+
+        memory = runs.PeakMemory(job.accelerator.device)
+        splits = cache_prefix(job, engine, record, progress)
+        train(
+            engine,
+            schedule,
+            loader,
+            splits,
+            job.accelerator,
+            logger,
+            progress,
+            epochs=config.epochs,
+            steps=record["steps"] // config.epochs,
+            on_nan=config.on_nan,
+            after_step=after_step,
+        )
+        record |= {
+            "best_epoch": progress.best_epoch,
+            "train_seconds": progress.train_seconds,
+            "samples_per_second": config.epochs * len(splits["train"]) / progress.train_seconds,
+            "memory_before_training_bytes": memory.start,
+            "peak_memory_bytes": memory.peak(),
+            "skipped_steps": progress.skipped_steps,
+        }
+        models.load_trained_state(engine.model, progress.best_weights)
+        finish(job, engine, splits, run_dir, logger, record)
+        checkpoints.clear()
+    return run_dir
+
+
+def set_up(job: runs.Job, record: dict[str, Any]) -> tuple[Engine, Loader, LambdaLR]:
+    """The engine around the model, adapted where LoRA is asked for; what it sees in an epoch; the learning rate."""
+    config, model, accelerator = job.config, job.model, job.accelerator
     if config.peft:
-        model = models.add_lora(model, config.lora_r, config.lora_alpha, config.lora_dropout)
+        model = models.add_lora(model, config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_layers)
     trainable, total = models.count_parameters(model)
     accelerator.print(f"trains {trainable:,} of {total:,} parameters ({trainable / total:.1%})", file=sys.stderr)
     engine = make_engine(
@@ -87,52 +133,34 @@ def finetune(config: TrainConfig, source: models.ModelSource) -> Path:
         lr=config.lr,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
+        frozen_prefix=len(models.encoder_blocks(job.model)[1]) - config.lora_layers if config.lora_layers else 0,
         plain=config.plain,
     )
-    record |= {"trainable_parameters": trainable, "total_parameters": total, "engine": engine.name}
-    loader = partial(epoch_steps, rows.lengths, config.batch_size, config.gradient_accumulation_steps, config.seed)
-    steps = sum(1 for _ in loader(0))
-    schedule = linear_schedule(engine.optimizer, config.warmup_ratio, config.epochs * steps)
-    progress = Progress(window_loss=torch.zeros((), device=accelerator.device))
-    state = newest_whole(Path(config.resume) / "checkpoints") if config.resume else None
-    metrics_bytes = restore(state, engine, schedule, progress, accelerator) if state else 0
-    with runs.open_run(job, record, metrics_bytes) as (run_dir, logger), GracefulStop() as stop:
-        checkpoints = Checkpoints(run_dir / "checkpoints", config.save_every, accelerator)
+    lengths = job.splits["train"].lengths
+    loader = partial(epoch_steps, lengths, config.batch_size, config.gradient_accumulation_steps, config.seed)
+    steps = config.epochs * sum(1 for _ in loader(0))
+    record |= {"trainable_parameters": trainable, "total_parameters": total, "engine": engine.name, "steps": steps}
+    return engine, loader, linear_schedule(engine.optimizer, config.warmup_ratio, steps)
 
-        def after_step() -> None:
-            asked = stop.asked(accelerator)
-            if asked or checkpoints.due(progress.global_step):
-                checkpoints.save(progress.global_step, snapshot(engine, schedule, progress, accelerator, run_dir))
-            if asked:
-                raise Interrupted(asked, run_dir, progress.global_step)
 
-        memory = runs.PeakMemory(accelerator.device)
-        train(
-            engine,
-            schedule,
-            loader,
+def cache_prefix(job: runs.Job, engine: Engine, record: dict[str, Any], progress: Progress) -> dict[str, TokenSplit]:
+    """The splits, with what the frozen layers make of them where there are such layers; filling counts as training."""
+    if not isinstance(engine, FastEngine) or not engine.frozen_prefix:
+        return job.splits
+    started = time.perf_counter()
+    content = f"{record['model']['fingerprint']}|{engine.frozen_prefix}|{job.precision}"
+    with job.accelerator.main_process_first():
+        splits = with_prefix(
             job.splits,
-            accelerator,
-            logger,
-            progress,
-            epochs=config.epochs,
-            steps=steps,
-            on_nan=config.on_nan,
-            after_step=after_step,
+            engine.classifier.prefix,
+            content,
+            job.model.config.hidden_size,
+            engine.classifier.dtype,
+            job.accelerator.device,
         )
-        record |= {
-            "best_epoch": progress.best_epoch,
-            "steps": progress.global_step,
-            "train_seconds": progress.train_seconds,
-            "samples_per_second": config.epochs * len(rows) / progress.train_seconds,
-            "memory_before_training_bytes": memory.start,
-            "peak_memory_bytes": memory.peak(),
-            "skipped_steps": progress.skipped_steps,
-        }
-        models.load_trained_state(model, progress.best_weights)
-        finish(job, engine, run_dir, logger, record)
-        checkpoints.clear()
-    return run_dir
+    if progress.global_step == 0:
+        progress.train_seconds += time.perf_counter() - started
+    return splits
 
 
 def snapshot(
@@ -204,7 +232,7 @@ def train(
     quiet = not (accelerator.is_main_process and sys.stderr.isatty())
     bar = tqdm(total=epochs * steps, initial=progress.global_step, unit="step", disable=quiet)
     for epoch in range(progress.global_step // steps, epochs):
-        engine.model.train()
+        engine.train_mode()
         for micro_batches in islice(loader(epoch), progress.global_step % steps, None):
             started = time.perf_counter()
             examples = sum(map(len, micro_batches))
@@ -281,10 +309,17 @@ def predict_probabilities(engine: Engine, split: TokenSplit, accelerator: Accele
     return ordered
 
 
-def finish(job: runs.Job, engine: Engine, run_dir: Path, logger: Logger, record: dict[str, Any]) -> None:
+def finish(
+    job: runs.Job,
+    engine: Engine,
+    splits: dict[str, TokenSplit],
+    run_dir: Path,
+    logger: Logger,
+    record: dict[str, Any],
+) -> None:
     """Score validation and test with the best weights, and write what a finished run leaves: result.json last."""
     scores = {}
-    for name, split in (("val", job.splits["validation"]), ("test", job.splits["test"])):
+    for name, split in (("val", splits["validation"]), ("test", splits["test"])):
         probabilities = predict_probabilities(engine, split, job.accelerator)
         scores[name] = score_with_intervals(split.labels, probabilities)
     if job.accelerator.is_main_process:

@@ -93,3 +93,20 @@ def test_the_fingerprint_is_of_the_encoder_alone(tiny_model):
     with torch.no_grad():
         next(two.base_model.parameters())[0, 0] += 1e-3
     assert encoder_fingerprint(one) != encoder_fingerprint(two)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_lora_on_the_last_layers_only(loaded, layers):
+    from models import add_lora
+
+    adapted = add_lora(loaded[0], 4, 8, 0.1, layers)
+    found = {name.split("layer.")[1].split(".")[0] for name, _ in adapted.named_parameters() if "lora_" in name}
+    assert found == ({"1"} if layers == 1 else {"0", "1"})
+
+
+def test_more_layers_than_there_are_is_an_error(loaded):
+    from config import UserError
+    from models import add_lora
+
+    with pytest.raises(UserError, match="--lora_layers: expected at most 2"):
+        add_lora(loaded[0], 4, 8, 0.1, 3)

@@ -1,0 +1,92 @@
+"""The frozen prefix: what layers that never change make of each text, computed once and read back every epoch.
+
+With `--lora_layers K` the embeddings and all but the last K layers are frozen and run without dropout, so their output
+for a text is the same in every epoch of every run. It is kept in the user's cache, in the precision it was computed in,
+so that training from it is bit for bit training without it.
+"""
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+import packaged
+from data import TokenSplit, sorted_batches
+
+BATCH_SIZE = 64
+
+
+class HiddenStates:
+    """Hidden states of every token of a split, on disk one after the other: [tokens, D].
+
+    Read with pread, not mapped: mapped pages would count as this process's memory.
+    """
+
+    def __init__(self, path: Path, lengths: np.ndarray, width: int, dtype: torch.dtype) -> None:
+        self.file = path.open("rb")
+        self.starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        self.width, self.dtype = width, dtype
+
+    def batch(self, indices: np.ndarray, length: int) -> Tensor:
+        """The rows at `indices` [B], zeros behind each -> [B, length, D]."""
+        hidden = torch.zeros(len(indices), length, self.width, dtype=self.dtype)
+        token = self.width * self.dtype.itemsize
+        for row, index in enumerate(indices):
+            start, stop = int(self.starts[index]), int(self.starts[index + 1])
+            target = hidden[row, : stop - start].view(torch.uint8).numpy()
+            os.preadv(self.file.fileno(), [target.reshape(-1)], start * token)
+        return hidden
+
+
+def with_prefix(
+    splits: dict[str, TokenSplit],
+    prefix: Callable[[Tensor, Tensor], Tensor],
+    content: str,
+    width: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, TokenSplit]:
+    """`splits` with the output of `prefix` (ids [B, L], lengths [B] -> [B, L, D]) beside the token ids.
+
+    `content` names weights, depth and precision: with a split's own key it decides which file is read or made.
+    """
+    folder = packaged.cache_dir() / "prefix"
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {}
+    for name, split in splits.items():
+        path = folder / hashlib.sha256(f"{split.key}|{content}".encode()).hexdigest()[:32]
+        if not path.exists():
+            _fill(path, split, prefix, width * dtype.itemsize, device, name)
+        found[name] = replace(split, hidden=HiddenStates(path, split.lengths, width, dtype))
+    return found
+
+
+def _fill(
+    path: Path,
+    split: TokenSplit,
+    prefix: Callable[[Tensor, Tensor], Tensor],
+    token_bytes: int,
+    device: torch.device,
+    name: str,
+) -> None:
+    """Compute in batches of like length, write each text to its place, rename when all are there."""
+    starts = np.concatenate([[0], np.cumsum(split.lengths, dtype=np.int64)])
+    scratch = path.with_suffix(f".{os.getpid()}.tmp")
+    bar = tqdm(total=len(split), desc=f"frozen layers, {name}", unit="row", disable=not sys.stderr.isatty())
+    with scratch.open("wb") as file:
+        for indices in sorted_batches(split.lengths, BATCH_SIZE):
+            batch = split.batch(indices).to(device)
+            hidden = prefix(batch.input_ids, batch.lengths).cpu()  # [B, L, D]
+            for row, index in enumerate(indices):
+                states = hidden[row, : int(split.lengths[index])].contiguous().view(torch.uint8).numpy()
+                os.pwrite(file.fileno(), states.tobytes(), int(starts[index]) * token_bytes)
+            bar.update(len(indices))
+    bar.close()
+    scratch.replace(path)

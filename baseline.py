@@ -36,7 +36,7 @@ def run_baseline(config: TrainConfig, source: models.ModelSource) -> Path:
     memory, started = runs.PeakMemory(job.accelerator.device), time.perf_counter()
     features, labels = {}, {name: split.labels for name, split in job.splits.items()}
     for name in job.splits:
-        content = f"{job.splits[name].key}|{record['model']['fingerprint']}|{job.precision}"
+        content = f"{job.splits[name].key}|{record['model']['fingerprint']}|{runs.arithmetic(job)}"
         features[name] = cached_embeddings(job, name, content)
     classifier, best_c = fit(features, labels, config.seed)
     weight, bias = linear_map(classifier, job.data.num_classes)
@@ -63,6 +63,8 @@ def run_baseline(config: TrainConfig, source: models.ModelSource) -> Path:
         for split, values in scores.items():
             floats = {f"{split}/{name}": value for name, value in values.items() if isinstance(value, float)}
             logger.log(floats, step=0, epoch=0)
+        if not job.accelerator.is_main_process:
+            return run_dir
         models.save_model(job.model.base_model, job.tokenizer, run_dir / "model", runs.model_card(record, scores))
         save_file({"weight": weight, "bias": bias}, run_dir / "model" / "linear.safetensors")
         runs.write_outcome(job, run_dir, {**record, **scores}, probabilities["test"])
@@ -106,7 +108,8 @@ def fit(features: dict[str, np.ndarray], labels: dict[str, np.ndarray], seed: in
     scaled = {name: scaler.transform(features[name]) for name in ("train", "validation")}
 
     def accuracy(c: float) -> tuple[float, float, LinearSVC]:
-        svc = LinearSVC(C=c, dual="auto", random_state=seed).fit(scaled["train"], labels["train"])
+        # The primal solver draws no random numbers; the dual one shares its generator between threads.
+        svc = LinearSVC(C=c, dual=False, random_state=seed).fit(scaled["train"], labels["train"])
         return svc.score(scaled["validation"], labels["validation"]), -c, svc
 
     with ThreadPoolExecutor() as pool:  # liblinear computes without Python's lock

@@ -138,7 +138,7 @@ class TrainConfig:
             _require(math.isfinite(value) and value >= 0, name, value, "a number of at least 0")
         for name in ("lora_dropout", "warmup_ratio"):
             value = getattr(self, name)
-            _require(0 <= value < 1, name, value, "a number from 0 to below 1")
+            _require(0 <= value <= 0.99, name, value, "a number from 0 to 0.99")
         _require(self.seed < 2**32, "seed", self.seed, "a whole number below 2**32")
         known_device = re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device)
         _require(known_device is not None, "device", self.device, "auto, cpu, cuda, cuda:N or mps")

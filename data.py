@@ -162,12 +162,9 @@ def _read(dataset: str | None, dataset_dir: str | None) -> tuple[str, str, str, 
         raw = datasets.load_dataset(hub_id)
     except Exception as error:  # the hub's clients raise errors of many libraries, some of them no OSError
         if dataset is None:
-            return (
-                packaged.REVIEWS_NAME,
-                "packaged",
-                packaged.REVIEWS_WHEEL.requirement,
-                _read_files(packaged.reviews_folder()),
-            )
+            packaged.announce(packaged.REVIEWS_NAME, packaged.REVIEWS_WHEEL)
+            splits = _read_files(packaged.reviews_folder())
+            return packaged.REVIEWS_NAME, "packaged", packaged.REVIEWS_WHEEL.requirement, splits
         raise UserError(_hub_failure("dataset", name, error)) from error
     return name, "hub", f"{hub.endpoint()}/datasets/{hub_id}", dict(raw)
 
@@ -329,8 +326,14 @@ def epoch_steps(
         yield batches[start : start + accumulation]
 
 
-def sorted_batches(lengths: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
-    """Every row once, longest first (so that memory runs out at once or never), in batches of like length."""
+def sorted_batches(lengths: np.ndarray, batch_size: int, most_tokens: int = 8192) -> Iterator[np.ndarray]:
+    """Every row once, longest first (so that memory runs out at once or never), in batches of like length.
+
+    A batch has `batch_size` rows, fewer where they are so long that `most_tokens` would be exceeded.
+    """
     order = np.argsort(-lengths, kind="stable")
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
+    start = 0
+    while start < len(order):
+        stop = start + max(1, min(batch_size, most_tokens // int(lengths[order[start]])))
+        yield order[start:stop]
+        start = stop

@@ -139,7 +139,8 @@ class PlainEngine:
     def step(self) -> bool:
         if self.distributed:
             for parameter in self.trained:
-                dist.all_reduce(parameter.grad)
+                if parameter.grad is not None:  # one that the forward pass does not use, in any process
+                    dist.all_reduce(parameter.grad)
         norm = nn.utils.clip_grad_norm_(self.trained, self.max_grad_norm or math.inf)
         finite = math.isfinite(norm)
         if finite:

@@ -21,6 +21,8 @@ def _classifier(model: nn.Module) -> nn.Module:
 def supports(model: nn.Module) -> str | None:  # noqa: PLR0911
     """None if `FastClassifier` can run this model, else the reason in words."""
     inner = _classifier(model)
+    if next(inner.parameters()).device.type not in ("cpu", "cuda"):
+        return "it is written for cpu and cuda"
     if type(inner).__name__ != "DistilBertForSequenceClassification":
         return f"{type(inner).__name__} is not DistilBertForSequenceClassification"
     if inner.config.activation != "gelu":

@@ -1,7 +1,7 @@
 """Can the Hugging Face hub be reached? Asked once, before its clients are imported.
 
 The clients retry for about 23 s a call and read HF_HUB_OFFLINE when they are imported; so the question is
-settled first, in at most five seconds.
+settled first, in at most three seconds.
 """
 
 import http.client
@@ -10,7 +10,7 @@ import threading
 import urllib.error
 import urllib.request
 
-TIMEOUT_S = 4.0
+TIMEOUT_S = 3.0
 
 
 def endpoint() -> str:
@@ -25,7 +25,7 @@ def offline() -> bool:
 
 
 def go_offline_if_unreachable() -> None:
-    """Set HF_HUB_OFFLINE=1 for the clients if the hub gives no answer, or a server error, within 4 s."""
+    """Set HF_HUB_OFFLINE=1 for the clients if the hub gives no answer, or a server error, within 3 s."""
     if not offline() and not answers(endpoint()):
         os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -1,6 +1,7 @@
 """Tokenizer and encoder from a folder, the hub or the packaged default; LoRA; saving."""
 
 import hashlib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ def find_model(name: str | None) -> ModelSource:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     wanted = name or DEFAULT_MODEL
-    if name and (Path(name).exists() or name.startswith((".", "/", "~"))):
+    if name and (os.path.exists(name) or name.startswith((".", "/", "~"))):  # noqa: PTH110 - never raises
         if not (Path(name) / "config.json").is_file():
             raise UserError(f"--model {name}: expected a folder with config.json and model.safetensors")
         return ModelSource(Path(name).resolve().name, "local", name, name, _read_config(name, name))
@@ -49,6 +50,7 @@ def find_model(name: str | None) -> ModelSource:
     except UserError:
         if name is not None:
             raise
+        packaged.announce(packaged.ENCODER_NAME, packaged.ENCODER_WHEEL)
         folder = str(packaged.encoder_folder())
         source = packaged.ENCODER_WHEEL.requirement
         return ModelSource(packaged.ENCODER_NAME, "packaged", source, folder, _read_config(folder, folder))
@@ -58,21 +60,26 @@ def find_model(name: str | None) -> ModelSource:
 
 def _read_config(location: str, name: str) -> Any:
     try:
-        return AutoConfig.from_pretrained(location)
+        return AutoConfig.from_pretrained(location, trust_remote_code=False)
     except Exception as error:  # the hub's clients raise errors of many libraries, some of them no OSError
         if hub.offline() and not Path(location).exists():
             reason = f"the hub ({hub.endpoint()}) cannot be reached and it is not in the local cache"
         else:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = _first_line(error)
         advice = "give a local folder, or leave --model out for the default"
         raise UserError(f"--model {name}: {reason}; {advice}") from error
 
 
 def load_tokenizer(source: ModelSource, max_length: int | None) -> tuple[Any, int]:
     """(tokenizer, most tokens a text may have). Raises UserError for more than the model's positions."""
-    tokenizer = AutoTokenizer.from_pretrained(source.location)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False)
+    except Exception as error:  # of many kinds: JSON, tokenizers' own, the hub's
+        raise UserError(f"--model {source.name}: its tokenizer cannot be read: {_first_line(error)}") from error
     if not tokenizer.is_fast or tokenizer.pad_token_id is None:
         raise UserError(f"--model {source.name}: expected a fast tokenizer with a padding token")
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes an empty one where files are missing
+        raise UserError(f"--model {source.name}: expected its tokenizer files (tokenizer.json) beside the weights")
     limit = min(tokenizer.model_max_length, getattr(source.config, "max_position_embeddings", 10**9))
     if max_length is not None and max_length > limit:
         raise UserError(f"--max_length: expected at most {limit}, the model's limit, got {max_length}")
@@ -80,7 +87,11 @@ def load_tokenizer(source: ModelSource, max_length: int | None) -> tuple[Any, in
 
 
 def load_classifier(source: ModelSource, label_names: tuple[str, ...]) -> nn.Module:
-    """The encoder in fp32 under a fresh head of `len(label_names)` outputs, drawn from torch's generator."""
+    """The encoder in fp32 under a head of `len(label_names)` outputs.
+
+    The head is drawn from torch's generator, but where the checkpoint has one of that size: then training goes on
+    from it. UserError where the checkpoint cannot be read, or its head has another number of classes.
+    """
     names = dict(enumerate(label_names))
     try:
         return AutoModelForSequenceClassification.from_pretrained(
@@ -90,9 +101,17 @@ def load_classifier(source: ModelSource, label_names: tuple[str, ...]) -> nn.Mod
             label2id={name: number for number, name in names.items()},
             dtype=torch.float32,  # else a bf16 checkpoint would be trained in bf16
             use_safetensors=True,
+            trust_remote_code=False,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"--model {source.name}: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # of many kinds: safetensors', the hub's, shapes that differ
+        reason = _first_line(error)
+        if "ignore_mismatched_sizes" in str(error):
+            reason = f"its weights have other shapes than its config.json and {len(names)} classes ask for"
+        raise UserError(f"--model {source.name}: {reason}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def encoder_fingerprint(model: nn.Module) -> str:
@@ -166,5 +185,7 @@ def save_model(model: nn.Module, tokenizer: Any, folder: Path, card: str) -> Non
     is_peft = hasattr(model, "peft_config")
     # PEFT would ask the hub whether the base model's vocabulary was resized; it was not.
     model.save_pretrained(folder, **({"save_embedding_layers": False} if is_peft else {}))
+    if is_peft:
+        model.get_base_model().config.save_pretrained(folder)  # has the classes' names, which the adapter's lacks
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -57,6 +57,13 @@ def cache_dir() -> Path:
     return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("distilbert-sentiment", appauthor=False))
 
 
+def announce(name: str, wheel: Wheel) -> None:
+    """Say what stands in for what, once, as soon as it is known."""
+    if os.environ.get("RANK", "0") == "0":
+        reason = "The Hugging Face hub did not give the default"
+        print(f"*** {reason}: using the packaged default, {name} from {wheel.requirement}. ***", file=sys.stderr)
+
+
 def encoder_folder() -> Path:
     """A folder that `from_pretrained` reads: all-MiniLM-L6-v2 as a DistilBERT of 6 layers, 384 wide.
 

@@ -2,7 +2,7 @@
 
 With `--lora_layers K` the embeddings and all but the last K layers are frozen and run without dropout, so their output
 for a text is the same in every epoch of every run. It is kept in the user's cache, in the precision it was computed in,
-so that training from it is bit for bit training without it.
+so that training from it is training without it, up to the rounding of products of another shape.
 """
 
 import hashlib
@@ -62,7 +62,7 @@ def with_prefix(
     found = {}
     for name, split in splits.items():
         path = folder / hashlib.sha256(f"{split.key}|{content}".encode()).hexdigest()[:32]
-        if not path.exists():
+        if not path.exists() or path.stat().st_size != int(split.lengths.sum()) * width * dtype.itemsize:
             _fill(path, split, prefix, width * dtype.itemsize, device, name)
         found[name] = replace(split, hidden=HiddenStates(path, split.lengths, width, dtype))
     return found

@@ -46,15 +46,18 @@ def read_run(folder: Path) -> Run:
     """Raises UserError where `folder` holds no finished run."""
     try:
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return Run(folder.name, result, [json.loads(line) for line in lines])
+        return Run(folder.name, result, _read_metrics(folder))
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"{folder}: expected a finished run: {error}") from error
 
 
-def draw_curves(folder: Path) -> None:
+def _read_metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def draw_curves(folder: Path, best_epoch: int) -> None:
     """`folder`/curves.png: loss (train and validation) and the validation metrics of one fine-tuned run."""
-    run = read_run(folder)
+    run = Run(folder.name, {}, _read_metrics(folder))
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
         left.plot(*run.series("train/loss"), alpha=0.35, color="C0", linewidth=1)
@@ -63,7 +66,7 @@ def draw_curves(folder: Path) -> None:
         left.set(xlabel="epoch", ylabel="loss (cross-entropy, nats)", ylim=(0, None))
         for metric in ("accuracy", "precision", "recall", "f1"):
             right.plot(*run.series(f"val/{metric}"), marker="o", label=metric)
-        right.axvline(run.result["best_epoch"], color="0.6", linestyle=":", label="best epoch")
+        right.axvline(best_epoch, color="0.6", linestyle=":", label="best epoch")
         right.set(xlabel="epoch", ylabel="validation metric (share of 1)")
         for axes in (left, right):
             axes.legend()

@@ -62,10 +62,6 @@ def prepare(config: TrainConfig, source: models.ModelSource) -> Job:
 def _announce(source: models.ModelSource, data: TextData, accelerator: Accelerator, precision: str) -> None:
     if not accelerator.is_main_process:
         return
-    stand_ins = [what for what in (source, data) if what.kind == "packaged"]
-    if stand_ins:
-        names = " and ".join(f"{what.name} from {what.source}" for what in stand_ins)
-        _say(f"*** The Hugging Face hub cannot be reached: using the packaged default, {names}. ***")
     if data.kind == "packaged":
         _say("*** These reviews are near the hub's rotten_tomatoes, not the same rows: do not compare across. ***")
     rows = " / ".join(f"{len(split):,}" for split in data.splits.values())
@@ -111,7 +107,6 @@ def open_run(job: Job, record: dict[str, Any], metrics_bytes: int = 0) -> Iterat
     config, accelerator = job.config, job.accelerator
     if config.resume:
         run_dir = Path(config.resume)
-        _check_same(record, json.loads((run_dir / "config.json").read_text(encoding="utf-8")), run_dir)
     else:
         folder = [create_run_dir(config, job.data.name) if accelerator.is_main_process else None]
         run_dir = (broadcast_object_list(folder) if accelerator.num_processes > 1 else folder)[0]
@@ -120,7 +115,8 @@ def open_run(job: Job, record: dict[str, Any], metrics_bytes: int = 0) -> Iterat
         if not config.resume:
             write_json(run_dir / "config.json", record)
         elif (run_dir / "metrics.jsonl").exists():
-            os.truncate(run_dir / "metrics.jsonl", metrics_bytes)
+            size = (run_dir / "metrics.jsonl").stat().st_size
+            os.truncate(run_dir / "metrics.jsonl", min(size, metrics_bytes))
         logger = open_logger(
             run_dir,
             wandb=config.wandb,
@@ -170,8 +166,9 @@ def _comparable(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in ("resume", "runs", "output_dir", "plots_dir")}
 
 
-def _check_same(record: dict[str, Any], stored: dict[str, Any], run_dir: Path) -> None:
+def check_same(record: dict[str, Any], run_dir: Path) -> None:
     """A run is continued on the model, the data and the number of processes that it began with, or not at all."""
+    stored = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
     for key in ("model", "data", "max_length", "precision", "processes", "engine"):
         if record[key] != stored.get(key):
             raise UserError(f"--resume {run_dir}: its {key} was {stored.get(key)}, now it is {record[key]}")
@@ -255,7 +252,7 @@ def _git_commit() -> str | None:
 
 
 def write_outcome(job: Job, run_dir: Path, result: dict[str, Any], probabilities: np.ndarray) -> None:
-    """predictions.jsonl (one test row a line), then result.json: it marks a finished run. Then the picture."""
+    """predictions.jsonl (one test row a line), the picture, then result.json: it marks a finished run."""
     from report import draw_curves  # here, since matplotlib takes a second to import
 
     names = job.data.label_names
@@ -270,9 +267,9 @@ def write_outcome(job: Job, run_dir: Path, result: dict[str, Any], probabilities
                 "probabilities": dict(zip(names, map(float, row))),
             }
             file.write(json.dumps(prediction, ensure_ascii=False) + "\n")
-    write_json(run_dir / "result.json", result)
     if job.config.mode == "finetune":
-        draw_curves(run_dir)
+        draw_curves(run_dir, result["best_epoch"])
+    write_json(run_dir / "result.json", result)
     print(summary(result))
     print(f"run folder: {run_dir}")
 
@@ -318,6 +315,11 @@ def summary(result: dict[str, Any]) -> str:
             f"{got['precision']:11.4f}{got['recall']:9.4f}{got['f1']:9.4f}"
         )
     return "\n".join(lines)
+
+
+def arithmetic(job: Job) -> str:
+    """What, beside weights and input, decides the last bits of a result: for the keys of caches."""
+    return f"{job.precision}|{job.accelerator.device.type}|{torch.__version__}"
 
 
 def device_name(device: torch.device) -> str:

@@ -49,17 +49,19 @@ class Progress:
     window_examples: int = 0
     window_seconds: float = 0.0
 
-    def count(self, examples: int, seconds: float) -> None:
-        """One more step."""
+    def count(self, loss_sum: torch.Tensor, examples: int, seconds: float, finite: bool) -> None:
+        """One more step; the loss of one that was dropped is left out of the mean."""
         self.global_step += 1
         self.train_seconds += seconds
-        self.window_examples += examples
         self.window_seconds += seconds
+        if finite:
+            self.window_loss = self.window_loss + loss_sum
+            self.window_examples += examples
 
     def flush_window(self, accelerator: Accelerator) -> dict[str, float]:
         """Mean loss and rate since the last call."""
         values = {
-            "train/loss": accelerator.reduce(self.window_loss).item() / self.window_examples,
+            "train/loss": accelerator.reduce(self.window_loss).item() / max(1, self.window_examples),
             "train/samples_per_second": self.window_examples / self.window_seconds,
         }
         self.window_loss = torch.zeros_like(self.window_loss)
@@ -78,7 +80,10 @@ def finetune(config: TrainConfig, source: models.ModelSource) -> Path:
     record = runs.describe(job)  # before LoRA renames the encoder's weights
     engine, loader, schedule = set_up(job, record)
     progress = Progress(window_loss=torch.zeros((), device=job.accelerator.device))
-    state = newest_whole(Path(config.resume) / "checkpoints") if config.resume else None
+    state = None
+    if config.resume:
+        runs.check_same(record, Path(config.resume))
+        state = newest_whole(Path(config.resume) / "checkpoints")
     metrics_bytes = restore(state, engine, schedule, progress, job.accelerator) if state else 0
     with runs.open_run(job, record, metrics_bytes) as (run_dir, logger), GracefulStop() as stop:
         checkpoints = Checkpoints(run_dir / "checkpoints", config.save_every, job.accelerator)
@@ -148,7 +153,7 @@ def cache_prefix(job: runs.Job, engine: Engine, record: dict[str, Any], progress
     if not isinstance(engine, FastEngine) or not engine.frozen_prefix:
         return job.splits
     started = time.perf_counter()
-    content = f"{record['model']['fingerprint']}|{engine.frozen_prefix}|{job.precision}"
+    content = f"{record['model']['fingerprint']}|{engine.frozen_prefix}|{runs.arithmetic(job)}"
     with job.accelerator.main_process_first():
         splits = with_prefix(
             job.splits,
@@ -230,40 +235,41 @@ def train(
     The loss of a step is the mean over its examples, however they are spread over forward passes and processes.
     """
     quiet = not (accelerator.is_main_process and sys.stderr.isatty())
-    bar = tqdm(total=epochs * steps, initial=progress.global_step, unit="step", disable=quiet)
-    for epoch in range(progress.global_step // steps, epochs):
-        engine.train_mode()
-        for micro_batches in islice(loader(epoch), progress.global_step % steps, None):
-            started = time.perf_counter()
-            examples = sum(map(len, micro_batches))
-            for indices in micro_batches:
-                batch, weight = own_part(splits["train"], indices, accelerator)
-                logits = engine.forward(batch)  # [B, classes]
-                loss_sum = weight * F.cross_entropy(logits, batch.labels, reduction="sum")
-                (loss_sum / examples).backward()
-                progress.window_loss += loss_sum.detach()
-            learning_rate = schedule.get_last_lr()[0]
-            finite = engine.step()
-            schedule.step()
-            progress.count(examples, time.perf_counter() - started)
-            bar.update()
-            if not finite:
-                progress.skipped_steps += 1
-                if on_nan == "stop":
-                    rows = np.concatenate(micro_batches).tolist()
-                    raise UserError(
-                        f"the loss or its gradient is not finite at step {progress.global_step} (learning rate "
-                        f"{learning_rate:g}, training rows {rows}); lower --lr, or give --on_nan skip"
+    with tqdm(total=epochs * steps, initial=progress.global_step, unit="step", disable=quiet) as bar:
+        for epoch in range(progress.global_step // steps, epochs):
+            engine.train_mode()
+            for micro_batches in islice(loader(epoch), progress.global_step % steps, None):
+                started = time.perf_counter()
+                examples, step_loss = sum(map(len, micro_batches)), torch.zeros_like(progress.window_loss)
+                for indices in micro_batches:
+                    batch, weight = own_part(splits["train"], indices, accelerator)
+                    logits = engine.forward(batch)  # [B, classes]
+                    loss_sum = weight * F.cross_entropy(logits, batch.labels, reduction="sum")
+                    (loss_sum / examples).backward()
+                    step_loss += loss_sum.detach()
+                learning_rate = schedule.get_last_lr()[0]
+                finite = engine.step()
+                schedule.step()
+                progress.count(step_loss, examples, time.perf_counter() - started, finite)
+                bar.update()
+                if not finite:
+                    progress.skipped_steps += 1
+                    if on_nan == "stop":
+                        rows = np.concatenate(micro_batches).tolist()
+                        raise UserError(
+                            f"the loss or its gradient is not finite at step {progress.global_step} (learning rate "
+                            f"{learning_rate:g}, training rows {rows}); lower --lr, or give --on_nan skip"
+                        )
+                at_end = progress.global_step % steps == 0
+                if progress.global_step % LOG_EVERY == 0 or at_end:
+                    values = {**progress.flush_window(accelerator), "train/lr": learning_rate}
+                    logger.log(values, step=progress.global_step, epoch=progress.global_step / steps)
+                    bar.set_postfix(
+                        loss=f"{values['train/loss']:.3f}", rate=f"{values['train/samples_per_second']:.0f}/s"
                     )
-            at_end = progress.global_step % steps == 0
-            if progress.global_step % LOG_EVERY == 0 or at_end:
-                values = {**progress.flush_window(accelerator), "train/lr": learning_rate}
-                logger.log(values, step=progress.global_step, epoch=progress.global_step / steps)
-                bar.set_postfix(loss=f"{values['train/loss']:.3f}", rate=f"{values['train/samples_per_second']:.0f}/s")
-            if at_end:
-                validate(engine, splits["validation"], accelerator, logger, epoch + 1, progress)
-            after_step()
-    bar.close()
+                if at_end:
+                    validate(engine, splits["validation"], accelerator, logger, epoch + 1, progress)
+                after_step()
 
 
 def own_part(split: TokenSplit, indices: np.ndarray, accelerator: Accelerator) -> tuple[Batch, float]:
@@ -299,7 +305,7 @@ def predict_probabilities(engine: Engine, split: TokenSplit, accelerator: Accele
     for number, indices in enumerate(sorted_batches(split.lengths, EVAL_BATCH_SIZE)):
         if number % accelerator.num_processes == accelerator.process_index:
             logits = engine.forward(split.batch(indices).to(accelerator.device))
-            parts.append((indices, logits.double().softmax(dim=-1).cpu().numpy()))
+            parts.append((indices, logits.cpu().double().softmax(dim=-1).numpy()))
     if accelerator.num_processes > 1:
         parts = gather_object(parts)
     rows = np.concatenate([indices for indices, _ in parts])
@@ -324,7 +330,7 @@ def finish(
         scores[name] = score_with_intervals(split.labels, probabilities)
     if job.accelerator.is_main_process:
         values = {f"test/{name}": value for name, value in scores["test"].items() if isinstance(value, float)}
-        logger.log(values, step=record["steps"], epoch=record["best_epoch"])
+        logger.log(values, step=record["steps"], epoch=job.config.epochs)
         models.save_model(engine.model, job.tokenizer, run_dir / "model", runs.model_card(record, scores))
         runs.write_outcome(job, run_dir, {**record, **scores}, probabilities)
     job.accelerator.wait_for_everyone()

@@ -1,5 +1,6 @@
 """The command line in a process of its own: with a hub, without one, and how soon it answers."""
 
+import json
 import time
 
 import pytest
@@ -93,3 +94,43 @@ def test_named_data_sets_are_looked_for_in_dataset_dir_first(tiny_model, tiny_da
     data = read_json(run / "config.json")["data"]
     assert data["kind"] == "local" and data["labels"] == ["negative", "positive"]
     assert data["notes"]  # the validation split became the test set
+
+
+def test_a_model_folder_runs_no_code_of_its_own(tiny_model, tiny_data, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in tiny_model.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    config = read_json(folder / "config.json") | {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    words = ("--baseline", "--model", str(folder), "--dataset", str(tiny_data / "rotten_tomatoes"))
+    done = command(*words, "--output_dir", str(tmp_path / "runs"))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.safetensors", b""),
+        ("model.safetensors", b"\x08\0\0\0\0\0\0\0{}      "),
+        ("model.safetensors", None),
+        ("tokenizer.json", b"{"),
+        ("tokenizer.json", None),
+        ("config.json", b"{"),
+        ("config.json", None),
+    ],
+)
+def test_a_damaged_model_folder_is_one_line(cli, tiny_model, tmp_path, name, content):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in tiny_model.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_bytes(content)
+    code, _, err = cli("--baseline", "--model", str(folder))
+    line = err.strip().splitlines()[-1]
+    assert code == 2 and line.startswith("error: --model") and "Traceback" not in err
+    assert not cli.runs.exists()

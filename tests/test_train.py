@@ -209,11 +209,12 @@ def test_trainable_parameters_are_counted(cli):
     assert full["trainable_parameters"] == full["total_parameters"] == lora["total_parameters"] - adapters
 
 
-def test_the_saved_model_gives_the_recorded_probabilities(cli):
-    """transformers.pipeline on RUN/model, on the run's own test rows, in fp32."""
+@pytest.mark.parametrize("method", [(), ("--peft", "--lora_r", "4", "--lora_alpha", "64")])
+def test_the_saved_model_gives_the_recorded_probabilities(cli, method):
+    """transformers.pipeline on RUN/model, on the run's own test rows, in fp32, with the names of four classes."""
     from transformers import pipeline
 
-    cli("--finetune", *LEARNS, "--precision", "fp32")
+    assert cli("--finetune", *LEARNS, *method, "--precision", "fp32", dataset="ag_news")[0] == 0
     (run,) = cli.runs.iterdir()
     rows = read_lines(run / "predictions.jsonl")
     classify = pipeline("text-classification", model=str(run / "model"), top_k=None)

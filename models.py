@@ -94,8 +94,9 @@ def load_classifier(source: ModelSource, label_names: tuple[str, ...]) -> nn.Mod
     """
     names = dict(enumerate(label_names))
     try:
-        return AutoModelForSequenceClassification.from_pretrained(
+        model, found = AutoModelForSequenceClassification.from_pretrained(
             source.location,
+            output_loading_info=True,
             num_labels=len(names),
             id2label=names,
             label2id={name: number for number, name in names.items()},
@@ -108,6 +109,13 @@ def load_classifier(source: ModelSource, label_names: tuple[str, ...]) -> nn.Mod
         if "ignore_mismatched_sizes" in str(error):
             reason = f"its weights have other shapes than its config.json and {len(names)} classes ask for"
         raise UserError(f"--model {source.name}: {reason}") from error
+    missing = sorted(name for name in found["missing_keys"] if name.startswith(f"{model.base_model_prefix}."))
+    missing = [name for name in missing if ".pooler." not in name]  # BERT's, which masked-LM checkpoints lack
+    if missing:
+        raise UserError(
+            f"--model {source.name}: its weights lack {len(missing)} of the encoder's, such as {missing[0]}"
+        )
+    return model
 
 
 def _first_line(error: Exception) -> str:
@@ -180,12 +188,27 @@ def load_trained_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None
                 parameter.copy_(state[name])
 
 
+def _merged(model: nn.Module) -> nn.Module:
+    """A plain model with the adapters added to its weights and the trained head: W + alpha / rank * B A."""
+    model.merge_adapter()
+    base = model.get_base_model()
+    plain = type(base)(base.config)
+    weights = {
+        name.replace(".base_layer.", ".").replace(".modules_to_save.default.", "."): weight
+        for name, weight in base.state_dict().items()
+        if ".lora_" not in name and ".original_module." not in name
+    }
+    plain.load_state_dict(weights)
+    return plain
+
+
 def save_model(model: nn.Module, tokenizer: Any, folder: Path, card: str) -> None:
-    """Weights (or the adapter with its head), tokenizer and model card, as transformers and PEFT read them."""
-    is_peft = hasattr(model, "peft_config")
-    # PEFT would ask the hub whether the base model's vocabulary was resized; it was not.
-    model.save_pretrained(folder, **({"save_embedding_layers": False} if is_peft else {}))
-    if is_peft:
-        model.get_base_model().config.save_pretrained(folder)  # has the classes' names, which the adapter's lacks
+    """Weights, tokenizer and model card as transformers reads them; of a LoRA model the merged weights, and beside
+    them the adapter with its head as PEFT reads it. Leaves a LoRA model merged."""
+    if hasattr(model, "peft_config"):
+        # PEFT would ask the hub whether the base model's vocabulary was resized; it was not.
+        model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+        model = _merged(model)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -78,7 +78,7 @@ def test_both_spellings_of_every_flag(option):
     value = action.choices[-1] if action.choices else value
     hyphens = option[:2] + option[2:].replace("_", "-")
     parsed = [
-        parse_args(["--baseline", *words])
+        parse_args([*(["--finetune", "--peft"] if option.startswith("--lora") else ["--baseline"]), *words])
         for words in ([option, value], [f"{option}={value}"], [hyphens, value], [f"{hyphens}={value}"])
     ]
     assert all(config == parsed[0] for config in parsed)
@@ -92,7 +92,7 @@ def test_comet_is_on_off_or_left_open(word, comet):
     assert parse_args(["--finetune", *([word] if word else [])]).comet is comet
 
 
-WHOLE, POSITIVE, SHARE = "a whole number", "a number above 0", "a number from 0 to below 1"
+WHOLE, POSITIVE, SHARE = "a whole number", "a number above 0", "a number from 0 to 0.99"
 WRONG = [
     *[("epochs", value, WHOLE) for value in ("0", "-1", "1.5", "x", "", "1e3", "nan")],
     *[("batch_size", value, WHOLE) for value in ("0", "-16", "16.0", "many")],

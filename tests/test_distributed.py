@@ -1,4 +1,4 @@
-"""`accelerate launch` with two CPU processes: the run of one process, one folder, one log."""
+"""Two CPU processes: the run of one process, one folder, one log."""
 
 import os
 import subprocess
@@ -12,14 +12,14 @@ WORDS = ("--finetune", "--epochs", "2", "--batch_size", "8", "--precision", "fp3
 
 
 def launch(*words: str) -> subprocess.CompletedProcess:
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    """With torchrun: `accelerate launch --num_processes 2 --cpu` starts one process alone (accelerate 1.15)."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     return subprocess.run(
-        [*launcher, str(ROOT / "main.py"), *words],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+        [*launcher, str(ROOT / "main.py"), *words, "--device", "cpu"],
+        env={**os.environ},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=90,
         check=False,
     )
 

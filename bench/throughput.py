@@ -24,7 +24,8 @@ hub.go_offline_if_unreachable()
 import datasets
 import matplotlib
 import torch
-from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+from accelerate.state import AcceleratorState
+from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments
 
 import models
 import runs
@@ -44,32 +45,40 @@ def trainer(job: runs.Job, *, best: bool, lora: bool = False) -> Contestant:
     rows = datasets.Dataset.from_dict(
         {"input_ids": split.rows.with_format(None)["input_ids"][:], "labels": split.labels.tolist()}
     )
-    arguments = TrainingArguments(
-        output_dir=tempfile.mkdtemp(),
-        per_device_train_batch_size=16,
-        num_train_epochs=1,
-        learning_rate=2e-5,
-        weight_decay=0.01,
-        bf16=best,
-        train_sampling_strategy="group_by_length" if best else "random",
-        use_cpu=job.accelerator.device.type == "cpu",
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-    )
 
     def run() -> float:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        arguments = TrainingArguments(
+            output_dir=tempfile.mkdtemp(),
+            per_device_train_batch_size=16,
+            num_train_epochs=1,
+            learning_rate=2e-5,
+            weight_decay=0.01,
+            bf16=best,
+            train_sampling_strategy="group_by_length" if best else "random",
+            use_cpu=not torch.cuda.is_available(),
+            logging_strategy="no",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
         peer = Trainer(model, arguments, train_dataset=rows, data_collator=DataCollatorWithPadding(job.tokenizer))
-        with torch.enable_grad():
-            return peer.train().metrics["train_runtime"]
+        peer.remove_callback(PrinterCallback)
+        return float(peer.train().metrics["train_runtime"])
 
     return run
 
 
+def _own_accelerator(config: TrainConfig) -> None:
+    """TrainingArguments and Trainer replace accelerate's state, which every Accelerator shares: take it back."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    runs.open_device(config.device, config.precision)
+
+
 def ours(job: runs.Job, **flags: object) -> Contestant:
-    """This project's loop with `flags` set; seconds as a run records them: its training steps."""
+    """This project's loop with `flags` set; seconds of its training steps, the filling of a prefix cache left out."""
+    _own_accelerator(job.config)
     config = TrainConfig(**{"epochs": 1, "precision": job.precision, **flags})
     job = runs.Job(**{**vars(job), "config": config, "precision": config.precision})
     job = runs.Job(**{**vars(job), "model": models.load_classifier(job.source, job.data.label_names)})
@@ -80,6 +89,7 @@ def ours(job: runs.Job, **flags: object) -> Contestant:
     few = {**splits, "validation": replace(rows, lengths=rows.lengths[:64], labels=rows.labels[:64])}
 
     def run() -> float:
+        _own_accelerator(job.config)
         progress = train.Progress(window_loss=torch.zeros((), device=job.accelerator.device))
         schedule = train.linear_schedule(engine.optimizer, 0.1, record["steps"])
         train.train(
@@ -140,6 +150,7 @@ def main() -> None:
             if number:
                 seconds[name].append(taken)
             print(f"round {number}: {name}: {args.rows / taken:.0f} samples/s", file=sys.stderr, flush=True)
+    _own_accelerator(config)
     report(job, args, seconds)
 
 

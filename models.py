@@ -188,9 +188,8 @@ def load_trained_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None
                 parameter.copy_(state[name])
 
 
-def _merged(model: nn.Module) -> nn.Module:
-    """A plain model with the adapters added to its weights and the trained head: W + alpha / rank * B A."""
-    model.merge_adapter()
+def _without_adapters(model: nn.Module) -> nn.Module:
+    """A plain model of the frozen encoder under the trained head."""
     base = model.get_base_model()
     plain = type(base)(base.config)
     weights = {
@@ -203,12 +202,15 @@ def _merged(model: nn.Module) -> nn.Module:
 
 
 def save_model(model: nn.Module, tokenizer: Any, folder: Path, card: str) -> None:
-    """Weights, tokenizer and model card as transformers reads them; of a LoRA model the merged weights, and beside
-    them the adapter with its head as PEFT reads it. Leaves a LoRA model merged."""
+    """Weights, tokenizer and model card as transformers reads them.
+
+    Of a LoRA model the adapter with its head, for PEFT, and beside it the base under that head: transformers reads
+    the base and puts the adapter on it; the adapter alone would not tell it the number and names of the classes.
+    """
     if hasattr(model, "peft_config"):
         # PEFT would ask the hub whether the base model's vocabulary was resized; it was not.
-        model.save_pretrained(folder / "adapter", save_embedding_layers=False)
-        model = _merged(model)
+        model.save_pretrained(folder, save_embedding_layers=False)
+        model = _without_adapters(model)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")

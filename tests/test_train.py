@@ -179,7 +179,7 @@ def test_the_rate_rises_then_falls_to_zero(cli):
 def test_lora_leaves_the_encoder_bitwise_alone(cli, tiny_model):
     cli("--finetune", "--peft", "--lora_r", "2", *LEARNS)
     (run,) = cli.runs.iterdir()
-    saved = load_file(run / "model" / "adapter" / "adapter_model.safetensors")
+    saved = load_file(run / "model" / "adapter_model.safetensors")
     sites = {"q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"}
     assert {name.split(".")[-3] for name in saved if "lora_A" in name} == sites
     assert {name.split(".")[-2] for name in saved if "lora" not in name} == {"pre_classifier", "classifier"}
@@ -188,7 +188,7 @@ def test_lora_leaves_the_encoder_bitwise_alone(cli, tiny_model):
 
     from peft import AutoPeftModelForSequenceClassification
 
-    model = AutoPeftModelForSequenceClassification.from_pretrained(run / "model" / "adapter", num_labels=2)
+    model = AutoPeftModelForSequenceClassification.from_pretrained(run / "model", num_labels=2)
     base = load_file(tiny_model / "model.safetensors")
     compared = 0
     for name, weight in model.named_parameters():

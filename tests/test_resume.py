@@ -39,15 +39,19 @@ class Killed(BaseException):
     """Stands for SIGKILL inside this process: nothing catches it."""
 
 
-def kill_at(monkeypatch, step: int) -> None:
+def run_killed_at(step: int, cli, monkeypatch, *words: str) -> None:
+    """Run the command line and kill it behind the optimiser step of number `step`."""
     count = train.Progress.count
 
-    def counting(self, *words) -> None:
-        count(self, *words)
+    def counting(self, *facts) -> None:
+        count(self, *facts)
         if self.global_step == step:
             raise Killed
 
-    monkeypatch.setattr(train.Progress, "count", counting)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Progress, "count", counting)
+        with pytest.raises(Killed):
+            cli(*words)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -55,11 +59,8 @@ def test_killed_twice_and_resumed_it_is_the_same_run(cli, monkeypatch, method):
     assert cli(*COMMON, *METHODS[method])[0] == 0
     (whole,) = cli.runs.iterdir()
     stopped = whole.with_name(whole.name + "-2")
-    for step, words in ((13, ("new",)), (28, ("resumed",))):  # in the middle of an epoch, between checkpoints
-        with monkeypatch.context() as patch:
-            kill_at(patch, step)
-            with pytest.raises(Killed):
-                cli(*(COMMON + METHODS[method] if words == ("new",) else ("--resume", str(stopped))))
+    for step, words in ((13, COMMON + METHODS[method]), (28, ("--resume", str(stopped)))):  # between checkpoints
+        run_killed_at(step, cli, monkeypatch, *words)
         assert not (stopped / "result.json").exists()
     assert cli("--resume", str(stopped))[0] == 0
     assert outcome(stopped) == outcome(whole)
@@ -70,10 +71,7 @@ def test_killed_before_the_first_checkpoint_it_starts_anew(cli, monkeypatch):
     assert cli(*COMMON, *METHODS["full"])[0] == 0
     (whole,) = cli.runs.iterdir()
     stopped = whole.with_name(whole.name + "-2")
-    with monkeypatch.context() as patch:
-        kill_at(patch, 4)
-        with pytest.raises(Killed):
-            cli(*COMMON, *METHODS["full"])
+    run_killed_at(4, cli, monkeypatch, *COMMON, *METHODS["full"])
     assert cli(*COMMON, *METHODS["full"], "--resume")[0] == 0  # alone: the newest unfinished run of this config
     assert outcome(stopped) == outcome(whole)
 
@@ -88,10 +86,7 @@ def test_a_finished_run_says_so(cli):
 
 
 def test_another_config_is_refused_by_the_names_that_differ(cli, monkeypatch):
-    with monkeypatch.context() as patch:
-        kill_at(patch, 7)
-        with pytest.raises(Killed):
-            cli(*COMMON, *METHODS["full"])
+    run_killed_at(7, cli, monkeypatch, *COMMON, *METHODS["full"])
     (run,) = cli.runs.iterdir()
     code, _, err = cli("--resume", str(run), "--lr", "0.5", "--seed", "7")
     assert code == 2 and "lr was 0.01, given 0.5" in err and "seed was 42, given 7" in err
@@ -106,10 +101,7 @@ def test_damaged_checkpoints_are_noticed_and_the_one_before_is_used(cli, monkeyp
     assert cli(*COMMON, *METHODS["full"])[0] == 0
     (whole,) = cli.runs.iterdir()
     stopped = whole.with_name(whole.name + "-2")
-    with monkeypatch.context() as patch:
-        kill_at(patch, 17)
-        with pytest.raises(Killed):
-            cli(*COMMON, *METHODS["full"])
+    run_killed_at(17, cli, monkeypatch, *COMMON, *METHODS["full"])
     newest = stopped / "checkpoints" / "step-15"
     assert (stopped / "checkpoints" / "step-10").is_dir()
     for name in ("tensors.safetensors", "values.json", "manifest.json"):

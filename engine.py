@@ -62,9 +62,10 @@ def make_engine(
 
 
 class FastEngine:
-    """fast.py and optim.py: hand-written forward and backward, one flat gradient, lazy embedding rows."""
+    """fast.py and optim.py: hand-written forward and backward, one flat gradient, lazy embedding rows.
 
-    name = "fast"
+    On CPU what lies between the matrix products is compiled (kernels.py) where there is a compiler.
+    """
 
     def __init__(
         self,
@@ -78,6 +79,7 @@ class FastEngine:
     ) -> None:
         self.model, self.frozen_prefix = model, frozen_prefix
         self.classifier = fast.FastClassifier(model, precision, frozen_prefix)
+        self.name = "fast, compiled kernels" if self.classifier.compiled else "fast"
         self.optimizer = FastAdamW(self.classifier, lr=lr, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
         self.distributed = accelerator.num_processes > 1
 

@@ -4,12 +4,15 @@ The parameters stay those of the Hugging Face (or PEFT) module; this file only c
 B sequences, L tokens each (padded on the right), N = B * L, D width, H heads, d = D / H, C classes, r rank.
 """
 
-import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from layers import Arena, Draw, Embedding, Layer, Shape, base_layer
+import kernels
+from fused import FusedLayer
+from layers import Embedding, Layer, Shape
+from linear import Arena, Draw, base_layer
 
 SITES = ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin", "ffn.lin1", "ffn.lin2")
 
@@ -39,7 +42,9 @@ def supports(model: nn.Module) -> str | None:  # noqa: PLR0911
                 return "a linear layer is trainable in part"
             if len({m.r[m.active_adapters[0]] for m in group if hasattr(m, "lora_A")}) > 1:
                 return "q_lin, k_lin and v_lin have different LoRA ranks"
-    allowed = {id(p) for p in _read_parameters(inner)} | {id(inner.distilbert.embeddings.word_embeddings.weight)}
+    allowed = {id(p) for part in _read_parameters(inner) for p in part} | {
+        id(inner.distilbert.embeddings.word_embeddings.weight)
+    }
     strangers = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in allowed]
     return f"{strangers[0]} is trainable but unknown to the fast path" if strangers else None
 
@@ -57,19 +62,23 @@ def _unsupported_lora(module: nn.Module) -> str | None:
     return None
 
 
-def _read_parameters(inner: nn.Module) -> list[nn.Parameter]:
-    """Every parameter the fast path reads but the word embeddings, those of one fused product side by side."""
-    params: list[nn.Parameter] = []
+def _read_parameters(inner: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+    """What the fast path reads but the word embeddings: the layers' matrices, the rest, the head.
+
+    The parameters of one fused product stand side by side.
+    """
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for block in inner.distilbert.transformer.layer:
         modules = [block.get_submodule(name) for name in SITES]
-        for kind in ("weight", "bias"):
-            params += [getattr(base_layer(m), kind) for m in modules]
-            params += [getattr(n, kind) for n in (block.sa_layer_norm, block.output_layer_norm)]
+        matrices += [base_layer(m).weight for m in modules]
         for kind in ("lora_A", "lora_B"):
-            params += [p for m in modules if hasattr(m, kind) for p in getattr(m, kind).parameters()]
+            matrices += [p for m in modules if hasattr(m, kind) for p in getattr(m, kind).parameters()]
+        others += [base_layer(m).bias for m in modules]
+        others += [*block.sa_layer_norm.parameters(), *block.output_layer_norm.parameters()]
     embeddings = inner.distilbert.embeddings
-    params += [embeddings.position_embeddings.weight, *embeddings.LayerNorm.parameters()]
-    return params + _head_parameters(inner)
+    others += [embeddings.position_embeddings.weight, *embeddings.LayerNorm.parameters()]
+    return matrices, others, _head_parameters(inner)
 
 
 def _head_parameters(inner: nn.Module) -> list[nn.Parameter]:
@@ -113,11 +122,15 @@ class FastClassifier:
         self.model, self.inner = model, _classifier(model)
         config, encoder = self.inner.config, self.inner.distilbert
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        self.arena = Arena(_read_parameters(self.inner), _head_parameters(self.inner), self.dtype)
+        self.arena = Arena(*_read_parameters(self.inner), self.dtype)
         self.embedding = Embedding(self.arena, encoder.embeddings, config.dropout)
         self.table = self.embedding.table
         blocks = encoder.transformer.layer
-        self.layers = [Layer(self.arena, b, config, last=i + 1 == len(blocks)) for i, b in enumerate(blocks)]
+        self.compiled = self.table.device.type == "cpu" and kernels.library() is not None
+        kind = FusedLayer if self.compiled else Layer
+        self.layers = [kind(self.arena, b, config, last=i + 1 == len(blocks)) for i, b in enumerate(blocks)]
+        for layer, successor in pairwise(self.layers):
+            layer.successor = successor
         self.frozen_prefix = frozen_prefix
         trained = [i for i, b in enumerate(blocks) if any(p.requires_grad for p in b.parameters())]
         self.first = -1 if self.embedding.trained else min(trained, default=len(blocks))  # lowest with a gradient
@@ -133,11 +146,7 @@ class FastClassifier:
     def _shape(self, lengths: Tensor, b: int, length: int) -> Shape:
         if lengths.ndim == 2:  # an attention mask
             lengths = lengths.sum(1)
-        if int(lengths.min()) == length:
-            return Shape(b, length, None)
-        hidden = torch.arange(length, device=lengths.device) >= lengths[:, None]  # [B, L]
-        hidden_keys = torch.zeros(b, 1, 1, length, device=lengths.device)
-        return Shape(b, length, hidden_keys.masked_fill_(hidden[:, None, None], -math.inf))
+        return Shape(b, length, lengths.long().contiguous())
 
     def _run(self, source: Tensor, shape: Shape, from_ids: bool, draw: Draw, save: bool) -> tuple[Tensor, list]:
         """ids [B, L] or prefix output [B, L, D] -> CLS state [B, D] and what backward needs, layer by layer."""
@@ -148,22 +157,24 @@ class FastClassifier:
         else:
             x = source.reshape(shape.b * shape.length, -1).float()
             saved.append(None)
+        stream = (x, None)
         for i, layer in enumerate(self.layers):
             if not from_ids and i < self.frozen_prefix:
                 continue
-            x, kept = layer.forward(x, shape, draw)
+            stream, kept = layer.forward(stream, shape, draw)
             saved.append(kept if save and i >= self.first else None)
-        return x, saved
+        return stream[0], saved
 
     def _run_backward(self, dy: Tensor, saved: list, shape: Shape) -> None:
-        layers = self.layers[len(self.layers) - len(saved) + 1 :]
+        self.arena.begin_backward()
+        layers, stream = self.layers[len(self.layers) - len(saved) + 1 :], (dy, None)
         for layer, kept in zip(reversed(layers), reversed(saved)):
             if kept is None:
                 break
             lowest = self.first >= 0 and layer is self.layers[self.first]
-            dy = layer.backward(dy, kept, shape, need_dx=not lowest)
+            stream = layer.backward(stream, kept, shape, need_dx=not lowest)
         if saved[0] is not None:
-            grads = self.embedding.backward(dy, saved[0])
+            grads = self.embedding.backward(stream[0] if stream[1] is None else stream[0] + stream[1], saved[0])
             if grads and self.lazy:
                 self.table_grads.append(grads)
             elif grads:
@@ -184,9 +195,10 @@ class FastClassifier:
             self.arena.sync_if_changed()
             shape, draw = self._shape(lengths, *ids.shape), Draw(False)
             x, _ = self.embedding.forward(ids, draw)
+            stream = (x, None)
             for layer in self.layers[: self.frozen_prefix]:
-                x, _ = layer.forward(x, shape, draw)
-            return x.to(self.dtype).view(*ids.shape, -1)
+                stream, _ = layer.forward(stream, shape, draw)
+            return stream[0].to(self.dtype).view(*ids.shape, -1)
 
     def suffix(self, hidden: Tensor, lengths: Tensor, first: int = 0, whole: int | None = None) -> Tensor:
         """`prefix`'s output [B, L, D] -> logits [B, C]."""

@@ -11,16 +11,36 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import kernels
+
 NODES = 5  # quadrature nodes: the skipped updates' sum to 1e-4 for a row last read at step 1, 6e-8 from step 20 on
 
 
-def fused_adamw(p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int, group: dict, scale: Tensor | None) -> None:
-    """One AdamW update of same-shaped fp32 tensors in place; `g` is divided by `scale` first (clipping for free)."""
+def adamw(
+    p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int, group: dict, scale: Tensor | None,
+    copy: Tensor | None = None, compiled: bool = False,
+) -> None:  # fmt: skip
+    """One AdamW update of flat fp32 tensors in place; `g` is divided by `scale` first (clipping for free).
+
+    compiled: by the kernel, which reads `g` in fp32 or bf16 and leaves the new `p` in `copy` (bf16) as well.
+    """
+    (beta1, beta2), lr = group["betas"], group["lr"]
+    if compiled:
+        corrections = 1 - beta1**step, math.sqrt(1 - beta2**step)
+        inverse = 1.0 if scale is None else 1 / float(scale)
+        kernels.call("adamw", g.dtype, p.numel(), p, g, m, v, copy, inverse, lr, beta1, beta2, group["eps"],
+                     group["weight_decay"], *corrections)  # fmt: skip
+        return
     torch._fused_adamw_(
         [p], [g], [m], [v], [], [torch.tensor(float(step), device=p.device)],
-        lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"],
+        lr=lr, beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"],
         eps=group["eps"], amsgrad=False, maximize=False, grad_scale=scale, found_inf=None,
     )  # fmt: skip
+
+
+def square_sum(x: Tensor, compiled: bool) -> Tensor:
+    """Of a flat tensor, as a scalar tensor."""
+    return torch.tensor(kernels.call("square_sum", x.dtype, x.numel(), x)) if compiled else torch.dot(x, x)
 
 
 def gauss_rule(a: np.ndarray, b: np.ndarray, nodes: int = NODES) -> tuple[np.ndarray, np.ndarray]:
@@ -112,7 +132,7 @@ class LazyTable:
         self.logs[self.step + 1] = self.logs[self.step] + math.log1p(-self.group["lr"] * self.group["weight_decay"])
         self.step += 1
         p, m, v = self.weight.data[rows], self.m[rows], self.v[rows]
-        fused_adamw(p, grad, m, v, self.step, self.group, scale)
+        adamw(p, grad, m, v, self.step, self.group, scale)
         self.weight.data[rows], self.m[rows], self.v[rows] = p, m, v
         self.last[rows.cpu()] = self.step
 
@@ -153,7 +173,7 @@ class FastAdamW(torch.optim.Optimizer):
                   {"params": plain, "weight_decay": 0.0}]  # fmt: skip
         super().__init__([g for g in groups if g["params"]], {"lr": lr, "betas": tuple(betas), "eps": eps})
         self.m, self.v = torch.zeros_like(self.arena.grad), torch.zeros_like(self.arena.grad)
-        self.steps = 0
+        self.steps, self.compiled = 0, fast.compiled
         self.lazy = LazyTable(fast.table, self.param_groups[0]) if table else None
         fast.attach(self.lazy)
 
@@ -163,6 +183,7 @@ class FastAdamW(torch.optim.Optimizer):
 
     def all_reduce(self) -> None:
         """Sum the gradients over all processes: one flat all-reduce, and the table's rows gathered."""
+        self.arena.widen()
         dist.all_reduce(self.arena.grad)
         if self.lazy:
             mine = [(rows.cpu(), grad.cpu()) for rows, grad in self.fast.table_grads]
@@ -182,10 +203,13 @@ class FastAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None) -> Tensor:
-        square = torch.dot(self.arena.grad, self.arena.grad)
+        if not self.compiled:
+            self.arena.widen()
+        parts = self.arena.parts()
+        square = sum(square_sum(part, self.compiled) for _, part in parts)
         if self.lazy:
             rows, grad = self._table_grad()
-            square = square + torch.dot(grad.view(-1), grad.view(-1))
+            square = square + square_sum(grad.view(-1), self.compiled)
         norm = square.sqrt()
         if not math.isfinite(norm):  # one bad batch must not spoil the weights; the caller decides what follows
             return norm
@@ -193,17 +217,13 @@ class FastAdamW(torch.optim.Optimizer):
         if self.max_grad_norm is not None:  # AdamW divides by `scale` as it reads: clipping costs no pass
             scale = ((norm + 1e-6) / self.max_grad_norm).clamp(min=1.0)
         self.steps += 1
-        start = 0
-        for group in self.param_groups:
-            end = start + sum(p.numel() for p in group["params"] if p is not self.fast.table)
-            if end > start:
-                part = slice(start, end)
-                fused_adamw(self.arena.flat[part], self.arena.grad[part], self.m[part], self.v[part],
-                            self.steps, group, scale)  # fmt: skip
-            start = end
+        for at, part in parts:
+            group = self.param_groups[0 if at.stop <= self.arena.decayed_size else -1]
+            copy = self.arena.compute[at] if self.compiled and self.arena.compute is not self.arena.flat else None
+            adamw(self.arena.flat[at], part, self.m[at], self.v[at], self.steps, group, scale, copy, self.compiled)
         if self.lazy:
             self.lazy.apply(rows, grad, scale)
-        self.arena.sync()
+        self.arena.sync(copied=self.compiled)
         return norm
 
     def flush(self) -> None:

@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
+import kernels
 import models
 from config import NEWEST, Interrupted, TrainConfig, UserError
 from data import TextData, TokenSplit, load_data, tokenize
@@ -319,7 +320,8 @@ def summary(result: dict[str, Any]) -> str:
 
 def arithmetic(job: Job) -> str:
     """What, beside weights and input, decides the last bits of a result: for the keys of caches."""
-    return f"{job.precision}|{job.accelerator.device.type}|{torch.__version__}"
+    compiled = job.accelerator.device.type == "cpu" and kernels.library() is not None
+    return f"{job.precision}|{job.accelerator.device.type}|{torch.__version__}|{'compiled' if compiled else 'torch'}"
 
 
 def device_name(device: torch.device) -> str:

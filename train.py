@@ -1,5 +1,6 @@
 """Fine-tuning: one loop for full fine-tuning and LoRA, evaluation, and what a finished run leaves behind."""
 
+import gc
 import math
 import sys
 import time
@@ -144,6 +145,7 @@ def set_up(job: runs.Job, record: dict[str, Any]) -> tuple[Engine, Loader, Lambd
     lengths = job.splits["train"].lengths
     loader = partial(epoch_steps, lengths, config.batch_size, config.gradient_accumulation_steps, config.seed)
     steps = config.epochs * sum(1 for _ in loader(0))
+    gc.freeze()  # what was imported stays: the collector need not look at it again and again (2% of a step)
     record |= {"trainable_parameters": trainable, "total_parameters": total, "engine": engine.name, "steps": steps}
     return engine, loader, linear_schedule(engine.optimizer, config.warmup_ratio, steps)
 

@@ -7,6 +7,7 @@ batches of like length).
 """
 
 import argparse
+import os
 import statistics
 import sys
 import tempfile
@@ -16,6 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as main.py does; for all contestants
 
 import hub
 

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from fast import FastClassifier, supports
-from layers import Draw
+from linear import Draw
 from optim import FastAdamW, LazyTable
 
 TARGETS = ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"]

@@ -1,0 +1,86 @@
+"""kernels.cpp, compiled once for this machine and called with tensors. Without a compiler there is `library() is None`.
+
+The library is kept in the cache folder under a name that says all it was made from; nothing else is ever loaded.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from packaged import cache_dir
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+FLAGS = ["-std=c++20", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
+         "-mprefer-vector-width=512", "-shared", "-fPIC"]  # fmt: skip
+SIGNATURES = {  # i: int64, p: pointer, f: float, b: bool
+    "add_norm": "iipipp" + "ppf" + "ppf" + "pppipp",
+    "add_norm_backward": "iipppppp" + "ppf" + "pppppb",
+    "gelu": "iipppi",
+    "gelu_backward": "iipppppb",
+    "attend": "iiiiiii" + "ppppppp" + "ppf" + "pip",
+    "attend_backward": "iiiiiii" + "ppppppp" + "ppf" + "ppppp",
+    "lora_down": "iiiipip" + "ppf" + "pii",
+    "lora_backward": "iiiipip" + "ppf" + "pipp",
+    "column_sums": "iippb",
+    "square_sum": "ip",
+    "random_bytes": "iip",
+    "adamw": "ippppp" + "ffffffff",
+}
+TYPES = {"i": ctypes.c_int64, "p": ctypes.c_void_p, "f": ctypes.c_float, "b": ctypes.c_int}
+NAMES = {torch.bfloat16: "bf16", torch.float32: "float"}
+
+
+def _compile(target: Path, compiler: str) -> None:
+    """Written under another name and moved: a process that compiles beside this one finds a whole file or none."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        made = Path(folder, "kernels.so")
+        subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made)], check=True, capture_output=True, text=True)
+        made.replace(target)
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None where there is no compiler for them: layers.py then computes with PyTorch."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None or sys.platform != "linux":
+        return None
+    try:
+        version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
+        processor = next(
+            (line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))),
+            "",
+        )
+        made_from = repr([SOURCE.read_text(), FLAGS, version, platform.machine(), processor])
+        target = cache_dir() / f"kernels-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
+        if not target.exists():
+            _compile(target, compiler)
+        found = ctypes.CDLL(str(target))
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+        print(f"the CPU kernels were not compiled ({reason.strip().splitlines()[0]})", file=sys.stderr)
+        return None
+    for name, signature in SIGNATURES.items():
+        for suffix in NAMES.values():
+            function = getattr(found, f"{name}_{suffix}", None)
+            if function is None:  # has no dtype of its own: exported as float's
+                continue
+            function.argtypes = [TYPES[letter] for letter in signature]
+            function.restype = ctypes.c_double if name == "square_sum" else None
+    return found
+
+
+def call(name: str, dtype: torch.dtype, *values: Tensor | float | None) -> float | None:
+    """Run a kernel for products in `dtype`; tensors are passed by address, so their layout is the caller's duty."""
+    function = getattr(library(), f"{name}_{NAMES[dtype]}")
+    return function(*(value.data_ptr() if isinstance(value, Tensor) else value for value in values))

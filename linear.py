@@ -1,0 +1,291 @@
+"""Linear layers of the fast path, plain and with LoRA adapters, over parameters in one flat buffer; dropout masks.
+
+Shapes: N tokens, D width, r rank.
+"""
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+import kernels
+
+Dropout = tuple[Tensor | None, Tensor | None, float]  # random bytes, limits, 1 / (1 - p)
+
+
+def base_layer(module: nn.Module) -> nn.Linear:
+    return getattr(module, "base_layer", module)
+
+
+class Arena:
+    """Parameters in one flat fp32 buffer, [matrices | decayed | plain | frozen], with flat gradient and bf16 copy.
+
+    The module's parameters become views, so saving and loading see nothing new. One buffer each means one
+    AdamW, one gradient norm, one all-reduce and one cast to bf16 a step, and q, k, v as one product.
+
+    The gradients of `matrices` are products in bf16. As long as there is one backward a step they stay so, in
+    `half`: the optimiser reads them there, and no pass widens them (6 ms of a step). `widen` does, for a sum.
+    """
+
+    def __init__(
+        self,
+        matrices: list[nn.Parameter],
+        others: list[nn.Parameter],
+        by_autograd: list[nn.Parameter],
+        dtype: torch.dtype,
+    ):
+        """by_autograd: parameters whose gradients autograd adds itself."""
+        self.by_autograd = [p for p in by_autograd if p.requires_grad]
+        params, others = matrices + others + by_autograd, others + by_autograd
+        self.matrices = [p for p in matrices if p.requires_grad]
+        self.decayed = self.matrices + [p for p in others if p.requires_grad and p.ndim >= 2]
+        self.plain = [p for p in others if p.requires_grad and p.ndim < 2]
+        self.params = self.decayed + self.plain + [p for p in params if not p.requires_grad]
+        self.flat = torch.cat([p.detach().reshape(-1) for p in self.params])
+        self.decayed_size = sum(p.numel() for p in self.decayed)
+        self.trained = self.decayed_size + sum(p.numel() for p in self.plain)
+        self.grad = torch.zeros_like(self.flat[: self.trained])
+        self.compute = self.flat if dtype == torch.float32 else self.flat.to(dtype)
+        wide = self.grad[: sum(p.numel() for p in self.matrices)]
+        self.half = wide if dtype == torch.float32 else torch.zeros_like(wide, dtype=dtype)
+        self.offsets, start = {}, 0
+        for p in self.params:
+            self.offsets[id(p)] = start
+            p.data = self.view(self.flat, [p])
+            start += p.numel()
+        self.grads = [(p, self.view(self.grad, [p])) for p in self.decayed + self.plain]
+        self.listeners: list = []  # called after `compute` changed
+        self.versions = self._versions()
+        self.reset_grad()
+
+    def view(self, buffer: Tensor, params: list[nn.Parameter]) -> Tensor:
+        """`params`, neighbours of one shape, as one view of `buffer`, stacked along their first dimension."""
+        start, size = self.offsets[id(params[0])], params[0].numel()
+        if [self.offsets[id(p)] for p in params] != [start + i * size for i in range(len(params))]:
+            raise ValueError("these parameters are not neighbours")
+        return buffer[start : start + size * len(params)].view(-1, *params[0].shape[1:])
+
+    def grad_view(self, params: list[nn.Parameter]) -> Tensor | None:
+        return self.view(self.grad, params) if params[0].requires_grad else None
+
+    def matrix_grad(self, params: list[nn.Parameter]) -> tuple[Tensor, Tensor] | None:
+        """(in `half`, in `grad`): what `put_product` writes."""
+        return (self.view(self.half, params), self.view(self.grad, params)) if params[0].requires_grad else None
+
+    def reset_grad(self) -> None:
+        """The next backward overwrites instead of adding: no pass over the gradient to fill it with zeros."""
+        self.fresh, self.widened = True, self.half.dtype == self.grad.dtype
+        for p, view in self.grads:
+            p.grad = view
+        for p in self.by_autograd:
+            p.grad.zero_()
+
+    def widen(self) -> None:
+        """Make `grad` hold all of the gradient."""
+        if not self.widened:
+            self.grad[: len(self.half)].copy_(self.half)
+            self.widened = True
+
+    def parts(self) -> list[tuple[slice, Tensor]]:
+        """The trained parameters' gradient where it is now: (their place in `flat`, gradient), decayed ones first."""
+        cuts = [0, *([] if self.widened else [len(self.half)]), self.decayed_size, self.trained]
+        places = [slice(start, end) for start, end in pairwise(cuts) if start < end]
+        return [(at, self.half if at.start == 0 and not self.widened else self.grad[at]) for at in places]
+
+    def begin_backward(self) -> None:
+        if not self.fresh:
+            self.widen()
+
+    def put(self, target: Tensor | None, value: Tensor) -> None:
+        if target is not None:
+            target.copy_(value) if self.fresh else target.add_(value)
+
+    def put_matrix(self, target: tuple[Tensor, Tensor], value: Tensor) -> None:
+        self.put(target[0] if self.fresh else target[1], value)
+
+    def put_product(self, target: tuple[Tensor, Tensor], a: Tensor, b: Tensor) -> None:
+        """target (+)= a @ b."""
+        if self.fresh:
+            torch.mm(a, b, out=target[0])
+        else:
+            target[1].add_(a @ b)
+
+    def _versions(self) -> int:
+        return sum(p._version for p in self.params)
+
+    def sync(self, copied: bool = False) -> None:
+        """Refresh the bf16 copy once a step, where autocast casts at every use. copied: the optimiser did it."""
+        if self.compute is not self.flat and not copied:
+            self.compute[: self.trained].copy_(self.flat[: self.trained])
+        for listener in self.listeners:
+            listener()
+        self.versions = self._versions()
+
+    def sync_if_changed(self) -> None:
+        """After somebody else wrote to the parameters (load_state_dict, another optimiser)."""
+        if self.versions != self._versions():
+            self.compute.copy_(self.flat)
+            self.sync(copied=True)
+
+
+class Draw:
+    """Dropout masks, 0 or 1, from torch's generator.
+
+    One int64 draw makes eight decisions, where `bernoulli_` makes one. A byte alone would round p to 1/256,
+    so each column's threshold is itself drawn between the two neighbours: every element is dropped with
+    probability p (to 1/65536), and two elements of a column are correlated by less than 1e-4. With several
+    processes each draws the masks of the whole global batch and keeps its own rows, so that the result
+    doesn't depend on their number (the batches must be padded to one length).
+    """
+
+    def __init__(self, training: bool, rows: int = 1, first: int = 0, whole: int | None = None) -> None:
+        """For `rows` rows of a batch of `whole`, from the one at `first` on."""
+        self.training, self.rows, self.first, self.whole = training, rows, first, whole or rows
+
+    def __call__(self, shape: tuple[int, ...], p: float, like: Tensor, groups: int = 1) -> Tensor | None:
+        """0/1 mask of `shape` in `like`'s dtype, whose first dimension (within each of `groups`) is the batch's."""
+        bits, limit, _ = self.dropout(shape, p, like.device, groups)
+        if bits is None:
+            return None
+        return torch.ge(bits, limit[: shape[-1]], out=torch.empty(shape, dtype=like.dtype, device=like.device))
+
+    def dropout(self, shape: tuple[int, ...], p: float, device: torch.device, groups: int = 1) -> Dropout:
+        """The same as random bytes of `shape` and limits [shape[-1] + 16]: what is below its column's limit is dropped.
+
+        16 more than columns, since the kernels look at whole vectors.
+        """
+        if not self.training or p == 0:
+            return None, None, 1.0
+        per_row, low = math.prod(shape) // (groups * self.rows), math.floor(p * 256)
+        coin = self._bits(2 * shape[-1] + 32, device).view(torch.int16)[: shape[-1] + 16]
+        limit = (coin < round((p * 256 - low) * 65536) - 32768).to(torch.int8).add_(low - 128)
+        bits = self._bits(n := groups * self.whole * per_row, device)[:n].view(groups, self.whole, per_row)
+        bits = bits[:, self.first : self.first + self.rows].reshape(shape).contiguous()
+        return bits, limit, 1 / (1 - p)
+
+    @staticmethod
+    def _bits(size: int, device: torch.device) -> Tensor:
+        """At least `size` uniform bytes, as int8; on CPU the kernel spreads one draw over them, on all threads."""
+        size = -(-size // 8) + 2  # the kernels may look up to 16 bytes past the end
+        if device.type == "cpu" and kernels.library():
+            bits, seed = torch.empty(size, dtype=torch.int64), torch.empty((), dtype=torch.int64)
+            kernels.call("random_bytes", torch.float32, 8 * size, int(seed.random_(-(2**63), None)), bits)
+            return bits.view(torch.int8)
+        return torch.empty(size, dtype=torch.int64, device=device).random_(-(2**63), None).view(torch.int8)
+
+
+class Linear:
+    """One or more nn.Linear modules reading the same input, as one product."""
+
+    def __init__(self, arena: Arena, modules: list[nn.Module]):
+        weights, biases = [base_layer(m).weight for m in modules], [base_layer(m).bias for m in modules]
+        self.arena = arena
+        self.weight, self.bias = arena.view(arena.compute, weights), arena.view(arena.compute, biases)
+        self.wide_bias = arena.view(arena.flat, biases)
+        self.dweight, self.dbias = arena.matrix_grad(weights), arena.grad_view(biases)
+
+    def buffer(self, n: int) -> tuple[Tensor, Tensor]:
+        """What `forward` takes, and the part of it [n, in] the caller fills."""
+        x = self.weight.new_empty(n, self.weight.shape[1])
+        return x, x
+
+    def forward(self, x: Tensor, draw: Draw, bias: bool = True) -> tuple[Tensor, tuple]:
+        """[N, out]. The kernels add the bias themselves: inside the product it costs 75 to 400 us."""
+        return torch.addmm(self.bias, x, self.weight.t()) if bias else x @ self.weight.t(), (x,)
+
+    def backward(self, dy: Tensor, saved: tuple, need_dx: bool = True, need_bias: bool = True) -> Tensor | None:
+        if self.dweight is not None:
+            self.arena.put_product(self.dweight, dy.t(), saved[0])
+            if need_bias:
+                self.arena.put(self.dbias, dy.sum(0))
+        return dy @ self.weight if need_dx else None  # [N, in]
+
+
+class LoraLinear(Linear):
+    """The same with G of the modules adapted: y = x W' + b + scaling * B A (keep * x) / (1 - p), base frozen.
+
+    The input is extended to [x | h] and the weight to [W | scaling B]: one product does the base layer and all
+    G up-projections.
+    """
+
+    def __init__(self, arena: Arena, modules: list[nn.Module]):
+        super().__init__(arena, modules)
+        name = next(m for m in modules if hasattr(m, "lora_A")).active_adapters[0]
+        self.parts = [i for i, m in enumerate(modules) if hasattr(m, "lora_A")]
+        adapted = [modules[i] for i in self.parts]
+        down, up = [m.lora_A[name].weight for m in adapted], [m.lora_B[name].weight for m in adapted]
+        self.r, self.p = down[0].shape[0], getattr(adapted[0].lora_dropout[name], "p", 0.0)
+        self.scaling = [m.scaling[name] for m in adapted]
+        self.down = arena.view(arena.compute, down).view(len(down), self.r, -1)  # [G, r, in]
+        self.ddown, self.dup = arena.matrix_grad(down), [arena.matrix_grad([p]) for p in up]
+        self.up = [arena.view(arena.compute, [p]) for p in up]  # G x [out / n, r]
+        rank, (out, width) = len(adapted) * self.r, self.weight.shape
+        self.block = self.weight.new_zeros(out, rank)  # scaling * B of each part, block by block
+        self.width, padding = width, -rank % 32  # whole tiles
+        self.joint = width <= out  # else the copy into the longer input costs more than a second product
+        self.wide = torch.cat([self.weight, self.block, self.weight.new_zeros(out, padding)], 1)
+        arena.listeners.append(self.refresh)
+        self.refresh()
+
+    def slots(self):
+        """(part, its rows of the output, its columns of the block)."""
+        out = self.up[0].shape[0]
+        for g, i in enumerate(self.parts):
+            yield g, slice(i * out, (i + 1) * out), slice(g * self.r, (g + 1) * self.r)
+
+    def refresh(self) -> None:
+        for g, rows, columns in self.slots():
+            torch.mul(self.up[g], self.scaling[g], out=self.block[rows, columns])
+        self.wide[:, self.width : self.width + self.block.shape[1]] = self.block
+
+    def buffer(self, n: int) -> tuple[Tensor, Tensor]:
+        if not self.joint:
+            return super().buffer(n)
+        wide = self.wide.new_empty(n, self.wide.shape[1])
+        wide[:, self.width + self.block.shape[1] :] = 0
+        return wide, wide[:, : self.width]
+
+    def forward(self, wide: Tensor, draw: Draw, bias: bool = True) -> tuple[Tensor, tuple]:
+        x, groups = wide[:, : self.width], len(self.parts)
+        keep = draw((groups, *x.shape), self.p, x, groups)
+        xd = x.expand(groups, *x.shape) if keep is None else x * keep  # [G, N, in]
+        h = torch.bmm(xd, self.down.transpose(1, 2)).transpose(0, 1)  # [N, G, r]
+        h = torch.mul(h, 1.0 if keep is None else 1 / (1 - self.p)).reshape(len(x), -1)
+        if not self.joint:
+            y = (x @ self.weight.t()).addmm_(h, self.block.t())
+        else:
+            wide[:, self.width : self.width + h.shape[1]] = h
+            y = wide @ self.wide.t()
+        return y.add_(self.bias) if bias else y, (h, xd, keep)
+
+    def backward(self, dy: Tensor, saved: tuple, need_dx: bool = True, need_bias: bool = True) -> Tensor | None:
+        h, xd, keep = saved
+        dup = h.t() @ dy  # [G r, out], of which the blocks count
+        for g, rows, columns in self.slots():
+            self.arena.put_matrix(self.dup[g], dup[columns, rows].t() * self.scaling[g])
+        dh = (dy @ self.block).view(len(dy), -1, self.r).transpose(0, 1)  # [G, N, r]
+        dh = dh.contiguous() if keep is None else dh * (1 / (1 - self.p))
+        self.arena.put_matrix(self.ddown, torch.bmm(dh.transpose(1, 2), xd).flatten(0, 1))
+        if not need_dx:
+            return None
+        dxd = torch.bmm(dh, self.down)  # [G, N, in]
+        if keep is not None:
+            dxd.mul_(keep)
+        dx = dxd[0]
+        for other in dxd[1:]:
+            dx.add_(other)
+        return dx.addmm_(dy, self.weight)
+
+
+def apply(linear: Linear, x: Tensor, draw: Draw, bias: bool = True) -> tuple[Tensor, tuple]:
+    """x: [n, in], any dtype; the cast is the copy into the product's input."""
+    if x.dtype == linear.weight.dtype and x.is_contiguous() and not getattr(linear, "joint", False):
+        return linear.forward(x, draw, bias)
+    full, part = linear.buffer(len(x))
+    part.copy_(x)
+    return linear.forward(full, draw, bias)
+
+
+def make_linear(arena: Arena, modules: list[nn.Module], lora: type[LoraLinear] = LoraLinear) -> Linear:
+    return (lora if any(hasattr(m, "lora_A") for m in modules) else Linear)(arena, modules)

@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as main.py does; for all contestants
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100000")  # one contestant's shapes must not evict another's
 
 import hub
 

@@ -22,10 +22,13 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
+import hub
 import models
 from config import NEWEST, Interrupted, TrainConfig, UserError
-from data import TextData, TokenSplit, load_data, tokenize
+from data import TextData, TokenSplit, load_data
 from metrics import METRICS
+from readers import Columns
+from tokens import Cutter, tokenize
 from tracking import Logger, NullLogger, open_logger
 
 PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate", "scikit-learn", "tokenizers", "numpy")
@@ -51,9 +54,13 @@ def prepare(config: TrainConfig, source: models.ModelSource) -> Job:
     tokenizer, max_length = models.load_tokenizer(source, config.max_length)
     accelerator, precision = open_device(config.device, config.precision)
     with accelerator.main_process_first():
-        data = load_data(config.dataset, config.dataset_dir, config.limit, config.seed)
+        columns = Columns(config.text_column, config.label_column)
+        data = load_data(config.dataset, config.dataset_dir, config.limit, config.seed, columns)
         _announce(source, data, accelerator, precision)
-        splits = tokenize(data, tokenizer, max_length)
+        splits, cut = tokenize(data, Cutter(tokenizer, max_length, config.truncation))
+        for note in cut:
+            accelerator.print(f"warning: {note}", file=sys.stderr, flush=True)
+        data = replace(data, notes=(*data.notes, *cut))
     torch.manual_seed(config.seed)  # decides the new head, the adapters, and every dropout from here on
     model = models.load_classifier(source, data.label_names)
     return Job(config, accelerator, precision, source, tokenizer, max_length, data, splits, model)
@@ -272,6 +279,8 @@ def write_outcome(job: Job, run_dir: Path, result: dict[str, Any], probabilities
     write_json(run_dir / "result.json", result)
     print(summary(result))
     print(f"run folder: {run_dir}")
+    if job.config.push_to_hub:
+        hub.upload(run_dir / "model", job.config.push_to_hub)
 
 
 def model_card(record: dict[str, Any], scores: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -147,7 +148,7 @@ def predict(config: TrainConfig) -> None:
     # A bar between the answers on a terminal would be in the way.
     quiet = config.output is None and (sys.stdout.isatty() or config.texts)
     bar = nullcontext() if quiet else progress_bar(None, "predicting")
-    with closing(sink), bar as progress, until_nobody_reads():
+    with closing(sink), bar as progress, until_nobody_reads(), ctrl_c() as stopped:
         for window in source.windows:
             there = [number for number, text in enumerate(window.texts) if text.strip()]
             found = Answers(np.full(len(window.texts), -1), np.zeros((len(window.texts), len(saved.label_names))))
@@ -157,6 +158,24 @@ def predict(config: TrainConfig) -> None:
             sink.write(window, found)
             if progress is not None:
                 progress.update(len(window.texts))
+            if stopped:
+                raise KeyboardInterrupt
+
+
+@contextmanager
+def ctrl_c() -> Iterator[list[int]]:
+    """Ctrl-C as ever, and noted, since Python drops it where it comes while an object is being deleted."""
+    noted: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        noted.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

@@ -133,13 +133,14 @@ def csv_rows(file: Path) -> Iterator[tuple[int, list[str]]]:
 def json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line, object) of each line, {} for an empty one, streamed; of one list of objects, (its number, object)."""
     with open_file(file) as handle:
-        pieces: Iterator[tuple[int, str, Any]]
+        first = True
         for number, line in enumerate(lines := text_lines(handle, str(file)), 1):
-            if line.lstrip().startswith("["):
+            if first and line.lstrip().startswith("["):
                 rows = _parse_json(line + "".join(lines), f"{file}")
                 pieces = ((n, f"{file}, row {n}", row) for n, row in enumerate(rows, 1))
                 yield from ((n, _object(row, where)) for n, where, row in pieces)
                 return
+            first = first and not line.strip()
             where = f"{file}, line {number}"
             yield number, _object(_parse_json(line, where), where) if line.strip() else {}
 

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -56,6 +55,10 @@ def predict(capsys, monkeypatch):
         return code, said.out, said.err
 
     return call
+
+
+def shell(line: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["/bin/sh", "-c", line], capture_output=True, text=True, timeout=60, check=False)
 
 
 def lines(out: str) -> list[dict]:
@@ -253,7 +256,7 @@ def test_ctrl_c_leaves_whole_lines(runs, tmp_path):
     """The real process, fed without end, stopped in the middle."""
     out = tmp_path / "out.jsonl"
     words = [sys.executable, str(ROOT / "main.py"), "--predict", str(runs["full"]), "--output", str(out)]
-    feeder = subprocess.Popen(["yes", "great film"], stdout=subprocess.PIPE)
+    feeder = subprocess.Popen(["/usr/bin/env", "yes", "great film"], stdout=subprocess.PIPE)
     process = subprocess.Popen(words, stdin=feeder.stdout, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 60
@@ -270,13 +273,13 @@ def test_ctrl_c_leaves_whole_lines(runs, tmp_path):
 
 def test_who_reads_may_go(runs):
     line = f"yes great | {sys.executable} {ROOT / 'main.py'} --predict {runs['full']} | head -2"
-    done = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=60, check=False, env=os.environ)
+    done = shell(line)
     assert len(done.stdout.splitlines()) == 2 and done.stderr == ""
 
 
 def test_closed_standard_input_is_one_line(runs):
     line = f"{sys.executable} {ROOT / 'main.py'} --predict {runs['full']} <&-"
-    done = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=60, check=False, env=os.environ)
+    done = shell(line)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
 
 

@@ -77,7 +77,7 @@ class TrainConfig:
     truncation: str = flag(
         "head",
         "data",
-        "what is kept of a text that is longer: its beginning, or a quarter from there and the rest from its end",
+        "what stays of a longer text: its beginning, or a quarter of the tokens from there and the rest from its end",
         choices=("head", "head_tail"),
     )
     limit: int | None = flag(None, "data", "train on a seeded random N of the training rows", type=int, metavar="N")

@@ -110,11 +110,11 @@ class Predictor:
     def _baseline(self, encoder: nn.Module, precision: str) -> Forward:
         try:
             layer = load_file(self.saved.folder / "linear.safetensors")
-            weight, bias = (torch.tensor(layer[name], device=self.device).float() for name in ("weight", "bias"))
+            weight, bias = (torch.tensor(layer[name], dtype=torch.float64) for name in ("weight", "bias"))
         except Exception as error:  # safetensors raises its own kinds
             raise self.saved.error(f"its model/linear.safetensors cannot be read: {error}") from error
         pooling = self.saved.record.get("pooling", "cls")
-        return lambda batch: pooled_states(encoder, batch, precision, pooling) @ weight.T + bias
+        return lambda batch: pooled_states(encoder, batch, precision, pooling).cpu().double() @ weight.T + bias
 
     def __call__(self, texts: list[str]) -> np.ndarray:
         """[n, classes] float64, in the order of the texts. Rows that bf16 leaves open are computed in fp32."""

@@ -91,6 +91,10 @@ def open_device(device: str, precision: str) -> tuple[Accelerator, str]:
         raise UserError(f"--device {device}: no such device; torch {torch.__version__} sees {there}")
     if ":" in device or kind == "mps":
         os.environ["ACCELERATE_TORCH_DEVICE"] = device
+    for sharded in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{sharded}", "false").lower() == "true":
+            reason = "every process holds the whole model, which fits; start it with accelerate's DDP or torchrun"
+            raise UserError(f"accelerate launch: {sharded} is not supported: {reason}")
     accelerator = Accelerator(cpu=kind == "cpu", mixed_precision="no")  # the loop casts for itself
     if precision == "auto":
         precision = "bf16" if _native_bf16(kind) else "fp32"
@@ -315,13 +319,13 @@ def model_card(record: dict[str, Any], scores: dict[str, Any]) -> str:
 
 def summary(result: dict[str, Any]) -> str:
     """The end of a run in a few lines, for a person."""
-    lines = [f"{'':11}{'rows':>6}  {'loss':>6}  accuracy (95%)       precision  recall     f1"]
+    lines = [f"{'':11}{'rows':>6}  {'loss':>6}  accuracy (95%)       precision  recall     f1  macro f1"]
     for split in ("val", "test"):
         got = result[split]
         low, high = got["accuracy_interval"]
         lines.append(
             f"{split:11}{got['rows']:6d}  {got['loss']:6.4f}  {got['accuracy']:.4f} ({low:.3f}-{high:.3f})"
-            f"{got['precision']:11.4f}{got['recall']:9.4f}{got['f1']:9.4f}"
+            f"{got['precision']:11.4f}{got['recall']:9.4f}{got['f1']:9.4f}{got['macro_f1']:8.4f}"
         )
     return "\n".join(lines)
 

@@ -31,6 +31,7 @@ class ModelSource:
     source: str
     location: str
     config: Any  # transformers' config of the encoder
+    license: str | None  # as its model card states it
 
 
 def find_model(name: str | None) -> ModelSource:
@@ -44,7 +45,7 @@ def find_model(name: str | None) -> ModelSource:
     if name and (os.path.exists(name) or name.startswith((".", "/", "~"))):  # noqa: PTH110 - never raises
         if not (Path(name) / "config.json").is_file():
             raise UserError(f"--model {name}: expected a folder with config.json and model.safetensors")
-        return ModelSource(Path(name).resolve().name, "local", name, name, _read_config(name, name))
+        return ModelSource(Path(name).resolve().name, "local", name, name, _read_config(name, name), _license(name))
     location = HUB_IDS.get(wanted, wanted)
     try:
         config = _read_config(location, wanted)
@@ -54,9 +55,20 @@ def find_model(name: str | None) -> ModelSource:
         packaged.announce(packaged.ENCODER_NAME, packaged.ENCODER_WHEEL)
         folder = str(packaged.encoder_folder())
         source = packaged.ENCODER_WHEEL.requirement
-        return ModelSource(packaged.ENCODER_NAME, "packaged", source, folder, _read_config(folder, folder))
+        config = _read_config(folder, folder)
+        return ModelSource(packaged.ENCODER_NAME, "packaged", source, folder, config, packaged.ENCODER_LICENSE)
     revision = extract_commit_hash(cached_file(location, "config.json"), None)
-    return ModelSource(wanted, "hub", f"{hub.endpoint()}/{location}@{revision}", location, config)
+    return ModelSource(wanted, "hub", f"{hub.endpoint()}/{location}@{revision}", location, config, _license(location))
+
+
+def _license(location: str) -> str | None:
+    """What the front matter of the model's card says, if it has one."""
+    try:
+        card = Path(cached_file(location, "README.md")).read_text(encoding="utf-8")
+    except Exception:  # no card, or the hub's clients' many errors: nothing depends on it
+        return None
+    found = re.search(r"\A---\n(?:.*\n)*?license: *([\w.-]+)", card)
+    return found[1] if found else None
 
 
 def _read_config(location: str, name: str) -> Any:

@@ -231,6 +231,7 @@ def describe(job: Job) -> dict[str, Any]:
             "name": source.name,
             "kind": source.kind,
             "source": source.source,
+            "license": source.license,
             "fingerprint": models.encoder_fingerprint(job.model),
         },
         "data": {
@@ -299,10 +300,12 @@ def model_card(record: dict[str, Any], scores: dict[str, Any]) -> str:
             "---",
             "library_name: " + ("peft" if record["method"] == "lora" else "transformers"),
             "pipeline_tag: text-classification",
+            *([f"license: {model['license']}"] if model["license"] else []),
             "---",
             f"# {model['name']}, fine-tuned ({record['method']}) on {data['name']}",
             "",
-            f"- Base: {model['name']} ({model['source']}); its license holds for these weights too.",
+            f"- Base: {model['name']} ({model['source']}). Its license holds for these weights too: "
+            f"{model['license'] or 'its card names none, so ask where it comes from'}.",
             f"- Data: {data['name']} ({data['source']}), rows {data['rows']}; classes: {', '.join(data['labels'])}.",
             f"- Best epoch, chosen by validation accuracy: {record['best_epoch']} of {record['config']['epochs']}.",
             "",

@@ -301,3 +301,16 @@ def test_the_card_names_base_data_and_limits(runs):
     card = (runs["full"] / "model" / "README.md").read_text()
     record = read_json(runs["full"] / "result.json")
     assert record["model"]["source"] in card and record["data"]["source"] in card and "95%" in card
+    assert "its card names none" in card and "license:" not in card.split("---")[1]  # the tiny model has no card
+
+
+def test_the_card_of_the_packaged_encoder_and_of_a_folder_with_a_card_names_the_license(tiny_model, tmp_path):
+    import shutil
+
+    from models import find_model
+
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    (folder / "README.md").write_text("---\nlanguage: en\nlicense: mit\n---\n# Mine\n")
+    assert find_model(str(folder)).license == "mit"
+    (folder / "README.md").write_text("# license: none\n")
+    assert find_model(str(folder)).license is None

@@ -1,4 +1,4 @@
-"""The linear baseline: LinearSVC on frozen CLS embeddings, with the records of a fine-tuned run."""
+"""The linear baseline: LinearSVC on frozen embeddings, with the records of a fine-tuned run."""
 
 import hashlib
 import os
@@ -6,6 +6,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,15 +16,15 @@ from scipy.special import log_softmax, softmax
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
-from torch import nn
-from tqdm.auto import tqdm
+from torch import Tensor, nn
 
 import models
 import packaged
 import runs
 from config import TrainConfig
-from data import TokenSplit, sorted_batches
+from data import Batch, TokenSplit, sorted_batches
 from metrics import score_with_intervals
+from progress import progress_bar
 
 C_GRID = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 1.0)
 BATCH_SIZE = 64
@@ -32,13 +33,14 @@ BATCH_SIZE = 64
 def run_baseline(config: TrainConfig, source: models.ModelSource) -> Path:
     """Embed, choose C on validation, score test once. Returns the run folder."""
     job = runs.prepare(config, source)
-    record = runs.describe(job)
+    record = runs.describe(job) | {"pooling": choose_pooling(job.tokenizer)}
     memory, started = runs.PeakMemory(job.accelerator.device), time.perf_counter()
     features, labels = {}, {name: split.labels for name, split in job.splits.items()}
     for name in job.splits:
         content = f"{job.splits[name].key}|{record['model']['fingerprint']}|{runs.arithmetic(job)}"
-        features[name] = cached_embeddings(job, name, content)
-    classifier, best_c = fit(features, labels, config.seed)
+        content += "" if record["pooling"] == "cls" else "|mean"
+        features[name] = cached_embeddings(job, name, content, record["pooling"])
+    classifier, best_c = fit(features, labels, config.seed, config.class_weights)
     weight, bias = linear_map(classifier, job.data.num_classes)
     scale = fit_scale(features["validation"] @ weight.T + bias, labels["validation"])
     weight, bias = weight * scale, bias * scale
@@ -71,12 +73,13 @@ def run_baseline(config: TrainConfig, source: models.ModelSource) -> Path:
     return run_dir
 
 
-def cached_embeddings(job: runs.Job, name: str, content: str) -> np.ndarray:
-    """`cls_embeddings` of a split, kept in the cache under the hash of what they were made from."""
+def cached_embeddings(job: runs.Job, name: str, content: str, pooling: str) -> np.ndarray:
+    """`embeddings` of a split, kept in the cache under the hash of what they were made from."""
     file = packaged.cache_dir() / "embeddings" / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.npy"
     if file.exists():
         return np.load(file, mmap_mode="r")
-    found = cls_embeddings(job.model.base_model, job.splits[name], job.accelerator.device, job.precision, name)
+    device = job.accelerator.device
+    found = embeddings(job.model.base_model, job.splits[name], device, job.precision, pooling, name)
     file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_suffix(f".{os.getpid()}.npy")
     np.save(scratch, found)
@@ -85,31 +88,54 @@ def cached_embeddings(job: runs.Job, name: str, content: str) -> np.ndarray:
 
 
 @torch.inference_mode()
-def cls_embeddings(
-    encoder: nn.Module, split: TokenSplit, device: torch.device, precision: str, name: str = ""
+def embeddings(
+    encoder: nn.Module,
+    split: TokenSplit,
+    device: torch.device,
+    precision: str,
+    pooling: str = "cls",
+    name: str = "",
 ) -> np.ndarray:
-    """[n, width] fp32: hidden state 0 of the last layer for every row of `split`, in the order of the rows."""
+    """[n, width] fp32: `pooled_states` of every row of `split`, in the order of the rows."""
     encoder = encoder.to(device).eval()
     found = np.empty((len(split), encoder.config.hidden_size), np.float32)
-    bar = tqdm(total=len(split), desc=f"embedding {name}", unit="row", disable=not sys.stderr.isatty())
-    for indices in sorted_batches(split.lengths, BATCH_SIZE):
-        batch = split.batch(indices)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            hidden = encoder(batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device))
-        found[indices] = hidden.last_hidden_state[:, 0].float().cpu().numpy()
-        bar.update(len(indices))
-    bar.close()
+    with progress_bar(len(split), f"embedding {name}") as bar:
+        for indices in sorted_batches(split.lengths, BATCH_SIZE):
+            batch = split.batch(indices).to(device)
+            found[indices] = pooled_states(encoder, batch, precision, pooling).cpu().numpy()
+            bar.update(len(indices))
     return found
 
 
-def fit(features: dict[str, np.ndarray], labels: dict[str, np.ndarray], seed: int) -> tuple[Pipeline, float]:
+def pooled_states(encoder: nn.Module, batch: Batch, precision: str, pooling: str) -> Tensor:
+    """[B, width] fp32: the last layer's state at CLS, or ("mean") its mean over the tokens."""
+    mask = batch.attention_mask
+    with torch.autocast(mask.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        states = encoder(input_ids=batch.input_ids, attention_mask=mask).last_hidden_state.float()  # [B, L, width]
+    if pooling == "cls":
+        return states[:, 0]
+    return (states * mask[:, :, None]).sum(dim=1) / batch.lengths[:, None]
+
+
+def choose_pooling(tokenizer: Any) -> str:
+    """cls where texts begin with such a token; else mean, and says so."""
+    if tokenizer.cls_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.cls_token_id:
+        return "cls"
+    print("note: texts have no CLS token in front: the baseline takes the mean over the tokens", file=sys.stderr)
+    return "mean"
+
+
+def fit(
+    features: dict[str, np.ndarray], labels: dict[str, np.ndarray], seed: int, class_weights: str = "none"
+) -> tuple[Pipeline, float]:
     """The LinearSVC, on standardised features, whose C is the most accurate on validation (the smallest of equals)."""
+    weights = None if class_weights == "none" else class_weights
     scaler = StandardScaler().fit(features["train"])
     scaled = {name: scaler.transform(features[name]) for name in ("train", "validation")}
 
     def accuracy(c: float) -> tuple[float, float, LinearSVC]:
         # The primal solver draws no random numbers; the dual one shares its generator between threads.
-        svc = LinearSVC(C=c, dual=False, random_state=seed).fit(scaled["train"], labels["train"])
+        svc = LinearSVC(C=c, dual=False, random_state=seed, class_weight=weights).fit(scaled["train"], labels["train"])
         return svc.score(scaled["validation"], labels["validation"]), -c, svc
 
     with ThreadPoolExecutor() as pool:  # liblinear computes without Python's lock

@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 DEFAULT_MODEL = "distilbert-base-uncased"
 DEFAULT_DATASET = "rotten_tomatoes"
 NEWEST = "newest"  # --resume without a run
-MODES = ("finetune", "baseline", "report", "sync")
+MODES = ("finetune", "baseline", "predict", "merge", "report", "sync")
+GROUPS = ("data", "model", "training", "prediction", "tracking", "output", "seldom needed")  # as --help has them
 
 
 class UserError(ValueError):
@@ -49,7 +50,9 @@ class TrainConfig:
     """What one call of the tool was asked to do. Checked when it is made, never changed afterwards."""
 
     mode: str = "finetune"
-    runs: tuple[str, ...] = ()  # --report: the run folders to show, all under output_dir if empty; --sync: its one run
+    # --report: the run folders to show, all under output_dir if empty; --predict, --merge, --sync: their one run
+    runs: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()  # --predict: what stands behind the run
 
     # `None` means that the user left the default: only then may the packaged default stand in for the hub.
     dataset: str | None = flag(
@@ -60,10 +63,22 @@ class TrainConfig:
         names=("--dataset", "--dataset_name"),
     )
     dataset_dir: str | None = flag(
-        None, "data", "look for named datasets here first, as DIR/NAME/*.parquet", metavar="DIR"
+        None, "seldom needed", "look for named datasets here first, as DIR/NAME/*.parquet", metavar="DIR"
+    )
+    text_column: str | None = flag(
+        None, "data", "name of the column of texts (default: text, sentence, review, ...)", metavar="NAME"
+    )
+    label_column: str | None = flag(
+        None, "data", "name of the column of labels (default: label, sentiment, class, ...)", metavar="NAME"
     )
     max_length: int | None = flag(
         None, "data", "cut texts after this many tokens (default: the model's limit, at most 512)", type=int
+    )
+    truncation: str = flag(
+        "head",
+        "data",
+        "what stays of a longer text: its beginning, or a quarter of the tokens from there and the rest from its end",
+        choices=("head", "head_tail"),
     )
     limit: int | None = flag(None, "data", "train on a seeded random N of the training rows", type=int, metavar="N")
 
@@ -73,7 +88,7 @@ class TrainConfig:
     peft: bool = flag(False, "model", "train LoRA adapters and the head instead of every weight", switch=True)
     lora_r: int = flag(16, "model", "rank of the adapters", type=int, metavar="R")
     lora_alpha: float = flag(32, "model", "the adapters' output is scaled by alpha / r", type=float, metavar="A")
-    lora_dropout: float = flag(0.1, "model", "dropout in front of the adapters", type=float, metavar="P")
+    lora_dropout: float = flag(0.1, "seldom needed", "dropout in front of the adapters", type=float, metavar="P")
 
     lora_layers: int | None = flag(
         None,
@@ -87,11 +102,17 @@ class TrainConfig:
     lr: float = flag(2e-5, "training", "peak learning rate", type=float)
     batch_size: int = flag(16, "training", "examples in one forward pass, all processes together", type=int)
     gradient_accumulation_steps: int = flag(
-        1, "training", "forward passes in one optimiser step", type=int, metavar="N"
+        1, "seldom needed", "forward passes in one optimiser step", type=int, metavar="N"
     )
-    weight_decay: float = flag(0.01, "training", "AdamW weight decay, for matrices only", type=float)
-    warmup_ratio: float = flag(0.1, "training", "share of the steps over which the rate rises", type=float)
-    max_grad_norm: float = flag(1.0, "training", "clip the gradient to this norm; 0 turns it off", type=float)
+    class_weights: str = flag(
+        "none",
+        "training",
+        "balanced: each class counts the same in the loss, however many rows it has",
+        choices=("none", "balanced"),
+    )
+    weight_decay: float = flag(0.01, "seldom needed", "AdamW weight decay, for matrices only", type=float)
+    warmup_ratio: float = flag(0.1, "seldom needed", "share of the steps over which the rate rises", type=float)
+    max_grad_norm: float = flag(1.0, "seldom needed", "clip the gradient to this norm; 0 turns it off", type=float)
     seed: int = flag(42, "training", "decides the head's first weights, the batches and the dropout", type=int)
     precision: str = flag(
         "auto",
@@ -99,17 +120,24 @@ class TrainConfig:
         "auto is bf16 where the device does it natively, else fp32",
         choices=("auto", "fp32", "bf16"),
     )
-    plain: bool = flag(False, "training", "use transformers' own modules, not the fast path", switch=True)
+    plain: bool = flag(False, "seldom needed", "use transformers' own modules, not the fast path", switch=True)
     on_nan: str = flag(
-        "stop", "training", "where a gradient is not finite: stop, or skip the step", choices=("stop", "skip")
+        "stop", "seldom needed", "where a gradient is not finite: stop, or skip the step", choices=("stop", "skip")
     )
     device: str = flag("auto", "training", "auto (cuda if available), cpu, cuda, cuda:N or mps")
+
+    input: str | None = flag(
+        None, "prediction", "texts to label: txt, CSV, TSV, JSONL or parquet (default: standard input)", metavar="FILE"
+    )
+    output: str | None = flag(
+        None, "prediction", "write JSON lines, or the input with more columns, by the ending", metavar="FILE"
+    )
 
     wandb: bool = flag(False, "tracking", "log to Weights & Biases; offline without a key", switch=True)
     comet: bool | None = flag(
         None, "tracking", "log to Comet (default: where a Comet API key is configured)", switch=True
     )
-    project: str = flag("distilbert-sentiment", "tracking", "project name at W&B and Comet", metavar="NAME")
+    project: str = flag("distilbert-sentiment", "seldom needed", "project name at W&B and Comet", metavar="NAME")
 
     resume: str | None = flag(
         None,
@@ -120,10 +148,13 @@ class TrainConfig:
         metavar="RUN",
     )
     save_every: int | None = flag(
-        None, "output", "steps between checkpoints (default: by time, at most 1% of it)", type=int, metavar="N"
+        None, "seldom needed", "steps between checkpoints (default: by time, at most 1% of it)", type=int, metavar="N"
+    )
+    push_to_hub: str | None = flag(
+        None, "output", "upload the model to the hub at the end, as a private repository", metavar="NAME"
     )
     output_dir: str = flag("runs", "output", "run folders are made here", metavar="DIR")
-    plots_dir: str = flag("plots", "output", "--report draws its pictures here", metavar="DIR")
+    plots_dir: str = flag("plots", "seldom needed", "--report draws its pictures here", metavar="DIR")
 
     def __post_init__(self) -> None:
         at_least = {"max_length": 3, "limit": 1, "lora_r": 1, "lora_layers": 1, "epochs": 1, "batch_size": 1}
@@ -142,14 +173,19 @@ class TrainConfig:
         _require(self.seed < 2**32, "seed", self.seed, "a whole number below 2**32")
         known_device = re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device)
         _require(known_device is not None, "device", self.device, "auto, cpu, cuda, cuda:N or mps")
-        for name in ("dataset", "dataset_dir", "model", "project", "output_dir", "plots_dir"):
+        names = ("dataset", "dataset_dir", "model", "text_column", "label_column", "input", "output", "push_to_hub")
+        for name in (*names, "project", "output_dir", "plots_dir"):
             value = getattr(self, name)
             _require(value is None or value.strip(), name, value, "a name or a path")
         if self.lora_layers is not None and not self.peft:
             raise UserError("--lora_layers goes with --peft")
-        for name in ("peft", "resume"):
-            if getattr(self, name) and self.mode != "finetune":
-                raise UserError(f"--{name} goes with --finetune")
+        goes_with = {"peft": ("finetune",), "resume": ("finetune",), "input": ("predict",), "output": ("predict",)}
+        goes_with["push_to_hub"] = ("finetune", "baseline", "merge")
+        for name, modes in goes_with.items():
+            if getattr(self, name) and self.mode not in modes:
+                raise UserError(f"--{name} goes with {' or '.join(f'--{mode}' for mode in modes)}")
+        if self.texts and self.input:
+            raise UserError(f"--predict: expected texts or --input, got {self.texts[0]!r} and {self.input!r}")
 
     @property
     def method(self) -> str:
@@ -197,16 +233,17 @@ def build_parser() -> argparse.ArgumentParser:
     modes = parser.add_argument_group("modes (exactly one)").add_mutually_exclusive_group()
     modes.add_argument("--finetune", action="store_true", help="fine-tune the whole encoder; with --peft, LoRA")
     modes.add_argument("--baseline", action="store_true", help="fit a LinearSVC on frozen CLS embeddings")
+    modes.add_argument(
+        "--predict", nargs="+", metavar=("RUN", "TEXT"), help="label texts with a run; lines of standard input if none"
+    )
+    modes.add_argument("--merge", metavar="RUN", help="write a LoRA run's plain weights to RUN/merged")
     modes.add_argument("--report", nargs="*", metavar="RUN", help="draw and tabulate finished runs (default: all)")
     modes.add_argument("--sync", metavar="RUN", help="upload a run to W&B and Comet (default: where it was recorded)")
 
-    groups: dict[str, argparse._ArgumentGroup] = {}
+    groups = {group: parser.add_argument_group(group) for group in GROUPS}
     for spec in fields(TrainConfig):
         if not spec.metadata:
             continue
-        group = spec.metadata["group"]
-        if group not in groups:
-            groups[group] = parser.add_argument_group(group)
         options = dict(spec.metadata["options"])
         names = options.pop("names", (f"--{spec.name}",))
         help_text = spec.metadata["help"].replace("%", "%%")
@@ -214,17 +251,24 @@ def build_parser() -> argparse.ArgumentParser:
             options["action"] = argparse.BooleanOptionalAction if spec.default is None else "store_true"
         elif spec.default is not None:
             help_text += f" (default: {spec.default})"
-        groups[group].add_argument(*names, dest=spec.name, default=argparse.SUPPRESS, help=help_text, **options)
+        groups[spec.metadata["group"]].add_argument(
+            *names, dest=spec.name, default=argparse.SUPPRESS, help=help_text, **options
+        )
     return parser
 
 
 def parse_args(argv: list[str] | None = None) -> TrainConfig:
     """Command line -> `TrainConfig`. Exits with code 2 and one line on stderr where a flag is wrong."""
     parser = build_parser()
-    values = vars(parser.parse_args([_with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]))
+    words = list(sys.argv[1:] if argv is None else argv)
+    end = words.index("--") if "--" in words else len(words)  # what is behind it are texts
+    values = vars(parser.parse_args([*map(_with_underscores, words[:end]), *words[end:]]))
     chosen = {mode: values.pop(mode) for mode in MODES}  # now values holds what was given, and TrainConfig the defaults
     mode = next((mode for mode in MODES if chosen[mode] not in (None, False)), None)
-    runs = [chosen["sync"]] if mode == "sync" else chosen["report"]
+    runs = chosen.get(mode) if mode in ("predict", "report") else [chosen["merge"] or chosen["sync"]]
+    texts = ()
+    if mode == "predict":
+        runs, texts = runs[:1], tuple(runs[1:])
     run = values.get("resume")
     if mode is None and (run is None or run == NEWEST):
         parser.print_help(sys.stderr)
@@ -232,7 +276,7 @@ def parse_args(argv: list[str] | None = None) -> TrainConfig:
     try:
         if run is not None and run != NEWEST:
             return _config_of(run, {**values, **({"mode": mode} if mode else {})})
-        return TrainConfig(mode=mode, runs=tuple(runs or ()), **values)
+        return TrainConfig(mode=mode, runs=tuple(run for run in runs or () if run), texts=texts, **values)
     except UserError as error:
         parser.error(str(error))
 
@@ -241,7 +285,7 @@ def _config_of(run: str, given: dict[str, Any]) -> TrainConfig:
     """The config that `run` began with. What is given beside --resume must agree with it."""
     try:
         stored = json.loads(Path(run, "config.json").read_text(encoding="utf-8"))["config"]
-        stored = {spec.name: stored[spec.name] for spec in fields(TrainConfig)} | {"runs": ()}
+        stored = {spec.name: stored[spec.name] for spec in fields(TrainConfig)} | {"runs": (), "texts": ()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--resume: expected a run folder with its config.json, got {run!r} ({error})") from error
     differ = [f"{key} was {stored[key]!r}, given {value!r}" for key, value in given.items() if stored[key] != value]

@@ -1,4 +1,4 @@
-"""From a data set's name, folder or file to token ids, and the batches drawn from them."""
+"""From a data set's name, folder or file to labelled splits, and the batches drawn from their token ids."""
 
 import hashlib
 import os
@@ -18,12 +18,13 @@ import hub
 import packaged
 from config import DEFAULT_DATASET, UserError
 from labels import missing_classes, number_classes
-from readers import ENDINGS, brief, choose_columns, read_file
+from readers import ENDINGS, USUAL, Columns, brief, choose_columns, read_file
 
 SPLIT_NAMES = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation"}
 SPLIT_NAMES |= {"dev": "validation", "test": "test"}
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 2000
 POOL_BATCHES = 64
+CHUNK = 10_000  # rows held as Python objects at a time
 
 
 class Known(NamedTuple):
@@ -87,9 +88,10 @@ class Batch(NamedTuple):
 class TokenSplit:
     """One tokenised split: memory-mapped token ids, labels, and lengths in tokens."""
 
-    rows: datasets.Dataset  # column input_ids
+    ids: np.ndarray  # [tokens] int32, the rows one after the other
     labels: np.ndarray  # [n] int64
     lengths: np.ndarray  # [n] int32
+    starts: np.ndarray  # [n] int64: where a row begins in `ids`
     pad_id: int
     key: str  # of texts, labels, tokenizer and cut: the same key, the same token ids
     hidden: Any = None  # prefix.HiddenStates, where frozen layers are computed once
@@ -100,38 +102,38 @@ class TokenSplit:
     def batch(self, indices: np.ndarray, start: int = 0, stop: int | None = None) -> Batch:
         """The rows at `indices[start:stop]`, padded to the longest of `indices`."""
         mine = indices[start:stop]
-        column = self.rows[mine.tolist()].column("input_ids").combine_chunks()
         lengths = self.lengths[mine]
         mask = np.arange(self.lengths[indices].max()) < lengths[:, None]  # [B, L]
         ids = np.full(mask.shape, self.pad_id, np.int64)
-        ids[mask] = column.flatten().to_numpy()
+        ids[mask] = np.concatenate([self.ids[at : at + n] for at, n in zip(self.starts[mine], lengths)])
         tensors = (torch.from_numpy(array) for array in (ids, lengths.astype(np.int64), self.labels[mine]))
         hidden = self.hidden.batch(mine, ids.shape[1]) if self.hidden else None
         return Batch(*tensors, start, len(indices), hidden)
 
 
-def load_data(dataset: str | None, dataset_dir: str | None, limit: int | None, seed: int) -> TextData:
+def load_data(
+    dataset: str | None, dataset_dir: str | None, limit: int | None, seed: int, columns: Columns = USUAL
+) -> TextData:
     """Find, read and check a data set; `limit` keeps a seeded random draw of the training rows.
 
+    columns: the text and the label column, where the user named them.
     Raises UserError where it cannot be found or read.
     """
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    name, kind, source, raw = _read(dataset, dataset_dir)
+    name, kind, source, raw = _read(dataset, dataset_dir, columns)
     known = KNOWN.get(name.removesuffix(" (packaged)"))
     notes: list[str] = []
     if "train" not in raw:
         raise UserError(f"{source}: expected a training split called train, found {brief(list(raw))}")
-    splits = {
-        split: _two_columns(raw[split], source, split) for split in ("train", "validation", "test") if split in raw
-    }
+    splits = {split: raw[split] for split in ("train", "validation", "test") if split in raw}
     splits, label_names = number_classes(splits, source, known.label_names if known else (), notes)
     splits = _three_splits(splits, source, notes)
     notes += missing_classes(splits, label_names) + _overlaps(splits)
     if limit is not None and limit < len(splits["train"]):
         chosen = np.random.default_rng(seed).permutation(len(splits["train"]))[:limit]
         splits["train"] = splits["train"].select(np.sort(chosen))
-        if len(set(splits["train"]["label"][:])) < 2:
+        if len(np.unique(splits["train"]["label"][:])) < 2:
             raise UserError(f"--limit: expected enough rows to draw two classes, got {limit}")
     fingerprints = {split: _fingerprint(rows) for split, rows in splits.items()}
     return TextData(name, source, kind, splits, label_names, tuple(notes), fingerprints)
@@ -139,14 +141,16 @@ def load_data(dataset: str | None, dataset_dir: str | None, limit: int | None, s
 
 def _fingerprint(rows: datasets.Dataset) -> str:
     digest = hashlib.sha256()
-    for some in rows.iter(10_000):
+    for some in rows.iter(CHUNK):
         digest.update("\0".join(some["text"]).encode(errors="surrogatepass"))
         digest.update(np.asarray(some["label"], np.int64).tobytes())
     return digest.hexdigest()
 
 
-def _read(dataset: str | None, dataset_dir: str | None) -> tuple[str, str, str, dict[str, datasets.Dataset]]:
-    """(name, kind, source, raw splits), looked for as DESIGN says: the user's files, the hub, the packaged default."""
+def _read(
+    dataset: str | None, dataset_dir: str | None, columns: Columns
+) -> tuple[str, str, str, dict[str, datasets.Dataset]]:
+    """(name, kind, source, splits of text and label): the user's files, else the hub, else the packaged default."""
     name = dataset or DEFAULT_DATASET
     if dataset_dir and not os.path.isdir(dataset_dir):  # noqa: PTH112 - never raises
         raise UserError(f"--dataset_dir: expected a folder, found none at {dataset_dir}")
@@ -154,7 +158,7 @@ def _read(dataset: str | None, dataset_dir: str | None) -> tuple[str, str, str, 
     places += [Path(name)] if dataset else []
     if local := next((place for place in places if os.path.exists(place)), None):  # noqa: PTH110 - never raises
         whole = local.resolve()
-        return whole.stem if whole.is_file() else whole.name or "data", "local", str(local), _read_files(local)
+        return whole.stem if whole.is_file() else whole.name or "data", "local", str(local), _read_files(local, columns)
     if Path(name).suffix.lower() in ENDINGS or name.startswith((".", "/", "~")):
         raise UserError(f"--dataset: expected a file, a folder or a data set's name, found nothing at {name}")
     hub_id = KNOWN[name].hub_id if name in KNOWN else name
@@ -163,10 +167,15 @@ def _read(dataset: str | None, dataset_dir: str | None) -> tuple[str, str, str, 
     except Exception as error:  # the hub's clients raise errors of many libraries, some of them no OSError
         if dataset is None:
             packaged.announce(packaged.REVIEWS_NAME, packaged.REVIEWS_WHEEL)
-            splits = _read_files(packaged.reviews_folder())
+            splits = _read_files(packaged.reviews_folder(), columns)
             return packaged.REVIEWS_NAME, "packaged", packaged.REVIEWS_WHEEL.requirement, splits
         raise UserError(_hub_failure("dataset", name, error)) from error
-    return name, "hub", f"{hub.endpoint()}/datasets/{hub_id}", dict(raw)
+    source = f"{hub.endpoint()}/datasets/{hub_id}"
+    splits = {}
+    for split in set(raw) & {*SPLIT_NAMES.values()}:
+        chosen = choose_columns(raw[split].column_names, f"{source} ({split})", columns)
+        splits[split] = _named(raw[split].select_columns(list(chosen)))
+    return name, "hub", source, splits
 
 
 def _hub_failure(what: str, name: str, error: Exception) -> str:
@@ -177,7 +186,7 @@ def _hub_failure(what: str, name: str, error: Exception) -> str:
     return f"--{what} {name}: {reason}; give a local path, or leave --{what} out for the default"
 
 
-def _read_files(path: Path) -> dict[str, datasets.Dataset]:
+def _read_files(path: Path, columns: Columns) -> dict[str, datasets.Dataset]:
     """A file is one split called train; a folder holds files named after their splits."""
     files: dict[str, list[Path]] = {}
     if (path / "data").is_dir():  # as in a clone of a hub repository
@@ -197,18 +206,18 @@ def _read_files(path: Path) -> dict[str, datasets.Dataset]:
     splits = {}
     for split, some in files.items():
         try:
-            table = pa.concat_tables([read_file(file) for file in some], promote_options="permissive")
+            table = pa.concat_tables([read_file(file, columns) for file in some], promote_options="permissive")
         except pa.ArrowException as error:
             raise UserError(f"{path} ({split}): expected files with the same columns: {brief(str(error))}") from error
-        splits[split] = datasets.Dataset(table, fingerprint="unused")  # its own would hash every text
+        splits[split] = _named(datasets.Dataset(table, fingerprint="unused"))  # its own would hash every text
     return splits
 
 
-def _two_columns(rows: datasets.Dataset, source: str, split: str) -> datasets.Dataset:
-    """Only the text and the label column, under those names."""
-    text, label = choose_columns(rows.column_names, f"{source} ({split})")
-    chosen = {text: "text", label: "label"}
-    return rows.select_columns(list(chosen)).rename_columns({k: v for k, v in chosen.items() if k != v})
+def _named(rows: datasets.Dataset) -> datasets.Dataset:
+    """The same two columns, called text and label, in this order."""
+    return rows.rename_columns(
+        {old: f"{new} " for old, new in zip(rows.column_names, ("text", "label"))}
+    ).rename_columns({"text ": "text", "label ": "label"})
 
 
 def _three_splits(splits: dict[str, datasets.Dataset], source: str, notes: list[str]) -> dict[str, datasets.Dataset]:
@@ -216,7 +225,7 @@ def _three_splits(splits: dict[str, datasets.Dataset], source: str, notes: list[
 
     A validation split without a test split becomes the test set (SST-2's test labels are not public).
     """
-    classes = set(splits["train"]["label"][:])
+    classes = np.unique(splits["train"]["label"][:]).tolist()
     if "test" not in splits and "validation" in splits:
         splits["test"] = splits.pop("validation")
         notes.append("no labelled test split: the validation split is the test set")
@@ -224,7 +233,7 @@ def _three_splits(splits: dict[str, datasets.Dataset], source: str, notes: list[
         if name not in splits:
             splits["train"], splits[name] = _hold_out(splits["train"])
             notes.append(f"{name}: {len(splits[name])} rows held out of train")
-    all_there = classes == set(splits["train"]["label"][:])
+    all_there = classes == np.unique(splits["train"]["label"][:]).tolist()
     if not (all_there and len(splits["validation"]) and len(splits["test"])):
         raise UserError(f"{source} (train): expected enough rows of each class to hold some out, found too few")
     return {name: splits[name] for name in ("train", "validation", "test")}
@@ -233,14 +242,21 @@ def _three_splits(splits: dict[str, datasets.Dataset], source: str, notes: list[
 def _overlaps(splits: dict[str, datasets.Dataset]) -> list[str]:
     """A warning for each split with texts that an earlier one has: they flatter the scores."""
     warnings = []
-    earlier = {text.strip() for text in splits["train"]["text"][:]}
+    earlier = _hashes(splits["train"])
     for split in ("validation", "test"):
-        texts = [text.strip() for text in splits[split]["text"][:]]
-        if copies := sum(text in earlier for text in texts):
+        hashes = _hashes(splits[split])
+        if copies := np.isin(hashes, earlier).sum():
             where = "train" if split == "validation" else "train or validation"
-            warnings.append(f"leakage: {copies} of {len(texts)} {split} texts are also in {where}")
-        earlier.update(texts)
+            warnings.append(f"leakage: {copies} of {len(hashes)} {split} texts are also in {where}")
+        earlier = np.concatenate([earlier, hashes])
     return warnings
+
+
+def _hashes(rows: datasets.Dataset, stripped: bool = True) -> np.ndarray:
+    """[n] uint64: the first 8 bytes of the SHA-256 of each text. Texts themselves would fill the memory."""
+    texts = (text.strip() if stripped else text for some in rows.iter(CHUNK) for text in some["text"])
+    digests = (int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) for text in texts)
+    return np.fromiter(digests, np.uint64, len(rows))
 
 
 def _hold_out(rows: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -250,9 +266,7 @@ def _hold_out(rows: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Datase
     texts; copies of a text have the same hash and stay together. No class is held out whole.
     """
     labels = np.asarray(rows["label"][:])
-    hashes = np.array(
-        [int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) for text in rows["text"][:]], np.uint64
-    )
+    hashes = _hashes(rows, stripped=False)
     share = min(HELD_OUT_SHARE, HELD_OUT_MOST / len(rows))
     held_out = np.zeros(len(rows), bool)
     for label in np.unique(labels):
@@ -261,43 +275,6 @@ def _hold_out(rows: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Datase
         held_out[members] = hashes[members] <= min(last, hashes[members].max() - np.uint64(1))
     held_out = np.isin(hashes, hashes[held_out])  # copies under another label, too
     return rows.select(np.flatnonzero(~held_out)), rows.select(np.flatnonzero(held_out))
-
-
-def tokenize(data: TextData, tokenizer: Any, max_length: int) -> dict[str, TokenSplit]:
-    """Token ids of every split, made once, then read memory-mapped from a file named after what is in it."""
-    tokenizer("", truncation=True, max_length=max_length)  # its first use changes its settings, so: use, then read
-    settings = tokenizer.backend_tokenizer.to_str()
-    folder = packaged.cache_dir() / "tokens"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"the tokenised texts cannot be written to {folder}: {error.strerror}") from error
-
-    def encode(rows: dict[str, list]) -> dict[str, list]:
-        ids = tokenizer(rows["text"], truncation=True, max_length=max_length)["input_ids"]
-        return {"input_ids": ids, "length": [len(row) for row in ids]}
-
-    done = {}
-    for name, rows in data.splits.items():
-        key = hashlib.sha256((data.fingerprints[name] + settings).encode()).hexdigest()[:32]
-        encoded = rows.map(
-            encode,
-            batched=True,
-            remove_columns=["text"],
-            new_fingerprint=key,  # datasets' own would miss: a fast tokenizer changes when it is used
-            cache_file_name=str(folder / f"{key}.arrow"),
-            load_from_cache_file=True,
-            desc=f"tokenising {name}",
-        )
-        columns = {key: encoded.data.column(key).to_numpy() for key in ("label", "length")}
-        done[name] = TokenSplit(
-            encoded.select_columns(["input_ids"]).with_format("arrow"),
-            columns["label"].astype(np.int64),
-            columns["length"].astype(np.int32),
-            tokenizer.pad_token_id,
-            key,
-        )
-    return done
 
 
 def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:

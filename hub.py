@@ -1,4 +1,4 @@
-"""Can the Hugging Face hub be reached? Asked once, before its clients are imported.
+"""The Hugging Face hub: whether it can be reached, asked once, before its clients are imported; and uploads to it.
 
 The clients retry for about 23 s a call and read HF_HUB_OFFLINE when they are imported; so the question is
 settled first, in at most three seconds.
@@ -9,6 +9,9 @@ import os
 import threading
 import urllib.error
 import urllib.request
+from pathlib import Path
+
+from config import UserError
 
 TIMEOUT_S = 3.0
 
@@ -50,3 +53,32 @@ def answers(url: str, timeout_s: float = TIMEOUT_S) -> bool:
     worker.start()
     worker.join(timeout_s)
     return found.is_set()
+
+
+def check_upload(name: str) -> None:
+    """Whether an upload to `name` can be tried: told before hours of training, not after. UserError if not."""
+    if offline():
+        raise UserError(f"--push_to_hub {name}: the hub ({endpoint()}) cannot be reached")
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"--push_to_hub: {error}") from error
+    if not get_token():
+        raise UserError(f"--push_to_hub {name}: expected a login; run `hf auth login` or set HF_TOKEN")
+
+
+def upload(folder: Path, name: str) -> None:
+    """Upload a model folder, to a private repository where there is none of that name yet."""
+    from huggingface_hub import HfApi
+
+    try:
+        repo = HfApi().create_repo(name, private=True, exist_ok=True)
+        HfApi().upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message="distilbert-sentiment")
+    except Exception as error:  # of many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"--push_to_hub {name}: {reason}; to try again: hf upload {name} {folder}") from error
+    print(f"uploaded: {repo}")

@@ -81,7 +81,7 @@ def _complete_rows(texts: pa.ChunkedArray, labels: np.ndarray, split: str, notes
 
 def missing_classes(splits: dict[str, datasets.Dataset], names: tuple[str, ...]) -> list[str]:
     """A note for each split that has no row of a class that train has: its scores say nothing of it."""
-    present = {split: set(rows["label"][:]) for split, rows in splits.items()}
+    present = {split: set(np.unique(rows["label"][:]).tolist()) for split, rows in splits.items()}
     missing = {split: [names[number] for number in sorted(present["train"] - some)] for split, some in present.items()}
     return [f"{split}: no row of the classes {brief(some)}" for split, some in missing.items() if some]
 

@@ -40,9 +40,18 @@ def dispatch(config: TrainConfig) -> None:
 
     import hub
 
+    local = config.mode in ("predict", "merge") and not config.push_to_hub
+    if local:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # a run's model is a folder
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: large pages; a training step took 79 ms, not 86
     hub.go_offline_if_unreachable()  # before the hub's clients are imported
+    if config.push_to_hub:
+        hub.check_upload(config.push_to_hub)
+    if config.mode in ("predict", "merge"):
+        import predict
+
+        return predict.predict(config) if config.mode == "predict" else predict.merge(config)
     import models
 
     source = models.find_model(config.model)  # before the slower imports, so that a wrong name is told soon

@@ -9,10 +9,10 @@ METRICS = ("accuracy", "precision", "recall", "f1")
 def classification_metrics(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> dict[str, float]:
     """Accuracy, precision, recall and F1 of `predicted` against `labels` (both [n], class ids).
 
-    Two classes: of class 1, the positive one. More: the unweighted (macro) mean over the classes. A ratio with
-    nothing in its denominator counts as 0. From scikit-learn's precision_recall_fscore_support.
+    Two classes: of class 1, the positive one. More: the unweighted (macro) mean over the classes. `macro_f1` is that
+    mean for two classes, too. A ratio with nothing in its denominator counts as 0. All are scikit-learn's.
     """
-    from sklearn.metrics import precision_recall_fscore_support  # here, since it takes a second to import
+    from sklearn.metrics import f1_score, precision_recall_fscore_support  # here, since it takes a second to import
 
     binary = num_classes == 2
     precision, recall, f1, _ = precision_recall_fscore_support(
@@ -23,7 +23,8 @@ def classification_metrics(labels: np.ndarray, predicted: np.ndarray, num_classe
         zero_division=0,
     )
     values = (np.mean(labels == predicted), *(np.mean(value) for value in (precision, recall, f1)))
-    return dict(zip(METRICS, map(float, values)))
+    macro_f1 = f1_score(labels, predicted, labels=range(num_classes), average="macro", zero_division=0)
+    return {**dict(zip(METRICS, map(float, values))), "macro_f1": float(macro_f1)}
 
 
 def intervals(

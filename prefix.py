@@ -7,7 +7,6 @@ so that training from it is training without it, up to the rounding of products 
 
 import hashlib
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 import packaged
 from data import TokenSplit, sorted_batches
+from progress import progress_bar
 
 BATCH_SIZE = 64
 
@@ -79,8 +78,7 @@ def _fill(
     """Compute in batches of like length, write each text to its place, rename when all are there."""
     starts = np.concatenate([[0], np.cumsum(split.lengths, dtype=np.int64)])
     scratch = path.with_suffix(f".{os.getpid()}.tmp")
-    bar = tqdm(total=len(split), desc=f"frozen layers, {name}", unit="row", disable=not sys.stderr.isatty())
-    with scratch.open("wb") as file:
+    with scratch.open("wb") as file, progress_bar(len(split), f"frozen layers, {name}") as bar:
         for indices in sorted_batches(split.lengths, BATCH_SIZE):
             batch = split.batch(indices).to(device)
             hidden = prefix(batch.input_ids, batch.lengths).cpu()  # [B, L, D]
@@ -88,5 +86,4 @@ def _fill(
                 states = hidden[row, : int(split.lengths[index])].contiguous().view(torch.uint8).numpy()
                 os.pwrite(file.fileno(), states.tobytes(), int(starts[index]) * token_bytes)
             bar.update(len(indices))
-    bar.close()
     scratch.replace(path)

@@ -1,11 +1,14 @@
 """The user's own files -> texts and labels, or one line that names the file, the line, and what was expected there."""
 
+import codecs
+import contextlib
 import csv
 import io
 import json
 from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,36 +18,59 @@ from config import UserError
 ENDINGS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 TEXT_COLUMNS = ("text", "sentence", "review", "content", "tweet", "comment", "body")
 LABEL_COLUMNS = ("label", "labels", "sentiment", "class", "category", "target")
+CHUNK = 10_000  # rows held as Python objects at a time
 csv.field_size_limit(2**31 - 1)  # its own limit of 128 KiB is shorter than some texts
 
 
-def read_file(file: Path) -> pa.Table:
-    """The columns `text` (strings) and `label` (as the file has them; strings from text files), empty ones as null.
+class Columns(NamedTuple):
+    """The columns the user named; None is looked for by its usual names."""
 
-    Raises UserError for anything that is wrong with the file.
+    text: str | None = None
+    label: str | None = None
+
+
+USUAL = Columns()
+
+
+def read_file(file: Path, wanted: Columns = USUAL) -> pa.Table:
+    """Two columns: the texts (strings), then the labels (as the file has them; strings from text files).
+
+    They are read in pieces, so memory is that of the texts. Raises UserError for anything that is wrong with the file.
     """
     if file.suffix.lower() == ".parquet":
-        return _read_parquet(file)
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
-    content = _decode(data, file)
-    rows = _json_rows(content, file) if file.suffix.lower().startswith(".json") else _csv_rows(content, file)
-    return _two_lists(rows, file)
+        return _read_parquet(file, wanted)
+    pairs = _json_pairs(file, wanted) if file.suffix.lower().startswith(".json") else _csv_pairs(file, wanted)
+    chunks = []
+    while some := list(islice(pairs, CHUNK)):
+        columns = (pa.array(column, pa.string()) for column in zip(*some))
+        chunks.append(pa.record_batch(dict(zip(("text", "label"), columns))))
+    if not chunks:
+        raise UserError(f"{file}: expected rows below the header, found none")
+    return pa.Table.from_batches(chunks)
 
 
-def choose_columns(found: list[str], where: str) -> tuple[str, str]:
-    """The text and the label column among `found`, by their usual names in any case."""
+def choose_columns(found: list[str], where: str, wanted: Columns = USUAL) -> tuple[str, str]:
+    """The text and the label column among `found`: those wanted, else by their usual names in any case."""
+    text, label = choose_column("text", found, where, wanted.text), choose_column("label", found, where, wanted.label)
+    if text == label:
+        raise UserError(f"{where}: expected a text and a label column, got {brief(text)} for both")
+    return text, label
+
+
+def choose_column(kind: str, found: list[str], where: str, wanted: str | None) -> str:
+    """The column of `kind`, text or label."""
+    if wanted is not None:
+        if wanted not in found:
+            raise UserError(f"{where}: expected the column {wanted!r} (--{kind}_column), found {brief(found)}")
+        return wanted
     lowered = {str(name).strip().lower(): name for name in reversed(found)}
-    chosen = []
-    for names in (TEXT_COLUMNS, LABEL_COLUMNS):
-        column = next((lowered[name] for name in names if name in lowered), None)
-        if column is None:
-            hint = "; is it comma-separated (.csv) or tab-separated (.tsv)?" if len(found) == 1 else ""
-            raise UserError(f"{where}: expected a column {' or '.join(names)}, found {brief(found)}{hint}")
-        chosen.append(column)
-    return chosen[0], chosen[1]
+    names = TEXT_COLUMNS if kind == "text" else LABEL_COLUMNS
+    column = next((lowered[name] for name in names if name in lowered), None)
+    if column is None:
+        hint = "; is it comma-separated (.csv) or tab-separated (.tsv)?" if len(found) == 1 else ""
+        hint = hint or f"; name it with --{kind}_column"
+        raise UserError(f"{where}: expected a column {' or '.join(names)}, found {brief(found)}{hint}")
+    return column
 
 
 def brief(value: Any) -> str:
@@ -53,56 +79,76 @@ def brief(value: Any) -> str:
     return whole if len(whole) <= 100 else whole[:97] + "..."
 
 
-def _decode(data: bytes, file: Path) -> str:
+def text_lines(handle: BinaryIO, where: str) -> Iterator[str]:
+    """The lines of a UTF-8 file, with their ends; only a line feed ends one. UserError where there are only blanks."""
+    blank = True
+    for number, raw in enumerate(handle, 1):
+        try:
+            line = (raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw).decode()
+        except UnicodeDecodeError as error:
+            found = f"the byte 0x{error.object[error.start]:02x}"
+            raise UserError(f"{where}, line {number}: expected UTF-8, found {found}") from error
+        if "\0" in line:
+            raise UserError(f"{where}, line {number}: expected UTF-8 text, found a NUL byte")
+        blank = blank and not line.strip()
+        yield line
+    if blank:
+        raise UserError(f"{where}: expected rows of text, found an empty file")
+
+
+def open_file(file: Path) -> BinaryIO:
+    """Raises UserError where it cannot be opened."""
     try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        bad = error.start + (len(data) - len(error.object))  # utf-8-sig counts from behind the BOM
-        line = data.count(b"\n", 0, bad) + 1
-        raise UserError(f"{file}, line {line}: expected UTF-8, found the byte 0x{data[bad]:02x}") from error
-    if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise UserError(f"{file}, line {line}: expected UTF-8 text, found a NUL byte")
-    if not text.strip():
-        raise UserError(f"{file}: expected rows of text and label, found an empty file")
-    return text
+        return file.open("rb")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
 
 
-def _csv_rows(content: str, file: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """(first line, row) of each row behind the header. No word, such as NA or null, means a missing value."""
-    delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
-    reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
+def csv_rows(file: Path) -> Iterator[tuple[int, list[str]]]:
+    """(first line, cells) of each row, the header first; no cells for an empty line. Streams.
+
+    No word, such as NA or null, means a missing value.
+    """
     header: list[str] = []
     line = 1
-    try:
-        for cells in reader:
-            if cells and not header:
-                header = cells
-                choose_columns(header, f"{file}, line {line}")
-            elif cells and len(cells) != len(header):
-                expected = f"{len(header)} columns ({brief(header)[1:-1]})"
-                raise UserError(f"{file}, line {line}: expected {expected}, found {len(cells)}: {brief(cells)}")
-            elif cells:
-                yield line, dict(zip(header, cells))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise UserError(f"{file}, line {line}: expected quotes to be closed and doubled inside: {error}") from error
+    with open_file(file) as handle:
+        lines = text_lines(handle, str(file))
+        # A carriage return alone ends a line, too: the files of old spreadsheets.
+        pieces = (piece for whole in lines for piece in (io.StringIO(whole, newline="") if "\r" in whole else (whole,)))
+        reader = csv.reader(pieces, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True)
+        try:
+            for cells in reader:
+                header = header or cells
+                if cells and len(cells) != len(header):
+                    expected = f"{len(header)} columns ({brief(header)[1:-1]})"
+                    raise UserError(f"{file}, line {line}: expected {expected}, found {len(cells)}: {brief(cells)}")
+                if header:
+                    yield line, cells
+                line = reader.line_num + 1
+        except csv.Error as error:
+            message = f"{file}, line {line}: expected quotes to be closed and doubled inside: {error}"
+            raise UserError(message) from error
 
 
-def _json_rows(content: str, file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line, object) of each line; of one list of objects, (its number, object)."""
-    if content.lstrip().startswith("["):
-        rows = _parse_json(content, f"{file}")
-        pieces = ((number, f"{file}, row {number}", row) for number, row in enumerate(rows, 1))
-    else:
-        lines = ((number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip())
-        pieces = (
-            (number, f"{file}, line {number}", _parse_json(line, f"{file}, line {number}")) for number, line in lines
-        )
-    for number, where, row in pieces:
-        if not isinstance(row, dict):
-            raise UserError(f'{where}: expected an object such as {{"text": ..., "label": ...}}, found {brief(row)}')
-        yield number, row
+def json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, object) of each line, {} for an empty one, streamed; of one list of objects, (its number, object)."""
+    with open_file(file) as handle:
+        first = True
+        for number, line in enumerate(lines := text_lines(handle, str(file)), 1):
+            if first and line.lstrip().startswith("["):
+                rows = _parse_json(line + "".join(lines), f"{file}")
+                pieces = ((n, f"{file}, row {n}", row) for n, row in enumerate(rows, 1))
+                yield from ((n, _object(row, where)) for n, where, row in pieces)
+                return
+            first = first and not line.strip()
+            where = f"{file}, line {number}"
+            yield number, _object(_parse_json(line, where), where) if line.strip() else {}
+
+
+def _object(row: Any, where: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise UserError(f'{where}: expected an object such as {{"text": ..., "label": ...}}, found {brief(row)}')
+    return row
 
 
 def _parse_json(content: str, where: str) -> Any:
@@ -112,24 +158,38 @@ def _parse_json(content: str, where: str) -> Any:
         raise UserError(f"{where}: expected JSON, found {brief(content)} ({error})") from error
 
 
-def _two_lists(numbered: Iterator[tuple[int, dict[str, Any]]], file: Path) -> pa.Table:
-    rows = list(numbered)
-    if not rows:
-        raise UserError(f"{file}: expected rows below the header, found none")
-    text_column, label_column = choose_columns(list(dict.fromkeys(key for _, row in rows for key in row)), str(file))
-    texts: list[str | None] = []
-    labels: list[str | None] = []
+def _csv_pairs(file: Path, wanted: Columns) -> Iterator[tuple[str, str]]:
+    """(text, label) of each row behind the header."""
+    rows = csv_rows(file)
+    for line, header in rows:
+        chosen = choose_columns(header, f"{file}, line {line}", wanted)
+        text, label = map(header.index, chosen)
+        yield from ((cells[text], cells[label]) for _, cells in rows if cells)
+
+
+def _json_pairs(file: Path, wanted: Columns) -> Iterator[tuple[str | None, str | None]]:
+    """(text, label) of each object. The columns are chosen as soon as both have been seen."""
+    rows = ((line, row) for line, row in json_rows(file) if row)
+    seen: dict[str, None] = {}
+    first: list[tuple[int, dict[str, Any]]] = []
+    chosen = None
     for line, row in rows:
+        first.append((line, row))
+        seen |= dict.fromkeys(row)
+        with contextlib.suppress(UserError):
+            chosen = choose_columns(list(seen), str(file), wanted)
+            break
+    if not first:
+        return
+    text_column, label_column = chosen or choose_columns(list(seen), str(file), wanted)
+    for number, row in chain(first, rows):
         text, label = row.get(text_column), row.get(label_column)
         if not isinstance(text, str | None) or _unpaired(text):
-            raise UserError(f"{file}, line {line}: expected a text under {text_column!r}, found {brief(text)}")
+            raise UserError(f"{file}, line {number}: expected a text under {text_column!r}, found {brief(text)}")
         if not isinstance(label, str | bool | int | float | None) or _unpaired(label):
-            raise UserError(
-                f"{file}, line {line}: expected a name or a whole number under {label_column!r}, found {brief(label)}"
-            )
-        texts.append(text)
-        labels.append(label if isinstance(label, str | None) else str(label))
-    return pa.table({"text": pa.array(texts, pa.string()), "label": pa.array(labels, pa.string())})
+            expected = f"a name or a whole number under {label_column!r}"
+            raise UserError(f"{file}, line {number}: expected {expected}, found {brief(label)}")
+        yield text, label if isinstance(label, str | None) else str(label)
 
 
 def _unpaired(value: Any) -> bool:
@@ -140,9 +200,9 @@ def _unpaired(value: Any) -> bool:
         return True
 
 
-def _read_parquet(file: Path) -> pa.Table:
+def _read_parquet(file: Path, wanted: Columns) -> pa.Table:
     try:
-        names = choose_columns(pq.read_schema(file).names, str(file))
+        names = choose_columns(pq.read_schema(file).names, str(file), wanted)
         table = pq.read_table(file, columns=list(names), memory_map=True).select(list(names))
     except (pa.ArrowException, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -22,11 +22,14 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
+import hub
 import kernels
 import models
 from config import NEWEST, Interrupted, TrainConfig, UserError
-from data import TextData, TokenSplit, load_data, tokenize
+from data import TextData, TokenSplit, load_data
 from metrics import METRICS
+from readers import Columns
+from tokens import Cutter, tokenize
 from tracking import Logger, NullLogger, open_logger
 
 PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate", "scikit-learn", "tokenizers", "numpy")
@@ -52,9 +55,13 @@ def prepare(config: TrainConfig, source: models.ModelSource) -> Job:
     tokenizer, max_length = models.load_tokenizer(source, config.max_length)
     accelerator, precision = open_device(config.device, config.precision)
     with accelerator.main_process_first():
-        data = load_data(config.dataset, config.dataset_dir, config.limit, config.seed)
+        columns = Columns(config.text_column, config.label_column)
+        data = load_data(config.dataset, config.dataset_dir, config.limit, config.seed, columns)
         _announce(source, data, accelerator, precision)
-        splits = tokenize(data, tokenizer, max_length)
+        splits, cut = tokenize(data, Cutter(tokenizer, max_length, config.truncation))
+        for note in cut:
+            accelerator.print(f"warning: {note}", file=sys.stderr, flush=True)
+        data = replace(data, notes=(*data.notes, *cut))
     torch.manual_seed(config.seed)  # decides the new head, the adapters, and every dropout from here on
     model = models.load_classifier(source, data.label_names)
     return Job(config, accelerator, precision, source, tokenizer, max_length, data, splits, model)
@@ -85,6 +92,10 @@ def open_device(device: str, precision: str) -> tuple[Accelerator, str]:
         raise UserError(f"--device {device}: no such device; torch {torch.__version__} sees {there}")
     if ":" in device or kind == "mps":
         os.environ["ACCELERATE_TORCH_DEVICE"] = device
+    for sharded in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{sharded}", "false").lower() == "true":
+            reason = "every process holds the whole model, which fits; start it with accelerate's DDP or torchrun"
+            raise UserError(f"accelerate launch: {sharded} is not supported: {reason}")
     accelerator = Accelerator(cpu=kind == "cpu", mixed_precision="no")  # the loop casts for itself
     if precision == "auto":
         precision = "bf16" if _native_bf16(kind) else "fp32"
@@ -221,6 +232,7 @@ def describe(job: Job) -> dict[str, Any]:
             "name": source.name,
             "kind": source.kind,
             "source": source.source,
+            "license": source.license,
             "fingerprint": models.encoder_fingerprint(job.model),
         },
         "data": {
@@ -273,6 +285,8 @@ def write_outcome(job: Job, run_dir: Path, result: dict[str, Any], probabilities
     write_json(run_dir / "result.json", result)
     print(summary(result))
     print(f"run folder: {run_dir}")
+    if job.config.push_to_hub:
+        hub.upload(run_dir / "model", job.config.push_to_hub)
 
 
 def model_card(record: dict[str, Any], scores: dict[str, Any]) -> str:
@@ -287,10 +301,12 @@ def model_card(record: dict[str, Any], scores: dict[str, Any]) -> str:
             "---",
             "library_name: " + ("peft" if record["method"] == "lora" else "transformers"),
             "pipeline_tag: text-classification",
+            *([f"license: {model['license']}"] if model["license"] else []),
             "---",
             f"# {model['name']}, fine-tuned ({record['method']}) on {data['name']}",
             "",
-            f"- Base: {model['name']} ({model['source']}); its license holds for these weights too.",
+            f"- Base: {model['name']} ({model['source']}). Its license holds for these weights too: "
+            f"{model['license'] or 'its card names none, so ask where it comes from'}.",
             f"- Data: {data['name']} ({data['source']}), rows {data['rows']}; classes: {', '.join(data['labels'])}.",
             f"- Best epoch, chosen by validation accuracy: {record['best_epoch']} of {record['config']['epochs']}.",
             "",
@@ -307,13 +323,13 @@ def model_card(record: dict[str, Any], scores: dict[str, Any]) -> str:
 
 def summary(result: dict[str, Any]) -> str:
     """The end of a run in a few lines, for a person."""
-    lines = [f"{'':11}{'rows':>6}  {'loss':>6}  accuracy (95%)       precision  recall     f1"]
+    lines = [f"{'':11}{'rows':>6}  {'loss':>6}  accuracy (95%)       precision  recall     f1  macro f1"]
     for split in ("val", "test"):
         got = result[split]
         low, high = got["accuracy_interval"]
         lines.append(
             f"{split:11}{got['rows']:6d}  {got['loss']:6.4f}  {got['accuracy']:.4f} ({low:.3f}-{high:.3f})"
-            f"{got['precision']:11.4f}{got['recall']:9.4f}{got['f1']:9.4f}"
+            f"{got['precision']:11.4f}{got['recall']:9.4f}{got['f1']:9.4f}{got['macro_f1']:8.4f}"
         )
     return "\n".join(lines)
 

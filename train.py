@@ -109,6 +109,7 @@ def finetune(config: TrainConfig, source: models.ModelSource) -> Path:
             epochs=config.epochs,
             steps=record["steps"] // config.epochs,
             on_nan=config.on_nan,
+            class_weights=balanced_weights(job) if config.class_weights == "balanced" else None,
             after_step=after_step,
         )
         record |= {
@@ -230,6 +231,7 @@ def train(
     epochs: int,
     steps: int,
     on_nan: str = "stop",
+    class_weights: torch.Tensor | None = None,
     after_step: Callable[[], None] = lambda: None,
 ) -> None:
     """The training loop: `epochs` passes of `steps` steps, validation after each; continues where `progress` stands.
@@ -246,7 +248,7 @@ def train(
                 for indices in micro_batches:
                     batch, weight = own_part(splits["train"], indices, accelerator)
                     logits = engine.forward(batch)  # [B, classes]
-                    loss_sum = weight * F.cross_entropy(logits, batch.labels, reduction="sum")
+                    loss_sum = weight * F.cross_entropy(logits, batch.labels, class_weights, reduction="sum")
                     (loss_sum / examples).backward()
                     step_loss += loss_sum.detach()
                 learning_rate = schedule.get_last_lr()[0]
@@ -272,6 +274,14 @@ def train(
                 if at_end:
                     validate(engine, splits["validation"], accelerator, logger, epoch + 1, progress)
                 after_step()
+
+
+def balanced_weights(job: runs.Job) -> torch.Tensor:
+    """[classes]: rows / (classes * rows of the class) in train, so that their mean over the rows is 1."""
+    counts = np.bincount(job.splits["train"].labels, minlength=job.data.num_classes)
+    present = np.count_nonzero(counts)
+    weights = counts.sum() / (present * np.maximum(counts, 1))
+    return torch.tensor(weights, dtype=torch.float32, device=job.accelerator.device)
 
 
 def own_part(split: TokenSplit, indices: np.ndarray, accelerator: Accelerator) -> tuple[Batch, float]:

@@ -14,7 +14,7 @@ def test_it_leaves_the_records_of_a_run_and_the_second_is_the_same(cli, monkeypa
     def embed_again(*_):
         raise AssertionError("the cache was not used")
 
-    monkeypatch.setattr(baseline, "cls_embeddings", embed_again)
+    monkeypatch.setattr(baseline, "embeddings", embed_again)
     assert cli("--baseline")[0] == 0
     first, second = (read_json(run / "result.json") for run in sorted(cli.runs.iterdir()))
     assert first["test"] == second["test"] and first["val"] == second["val"]
@@ -32,16 +32,17 @@ def test_multi_class(cli):
 
 
 def test_embeddings_are_the_last_hidden_state_at_cls(tiny_model, tiny_data):
-    from baseline import cls_embeddings
-    from data import load_data, tokenize
+    from baseline import embeddings
+    from data import load_data
     from models import find_model, load_classifier, load_tokenizer
+    from tokens import Cutter, tokenize
 
     source = find_model(str(tiny_model))
     tokenizer, _ = load_tokenizer(source, None)
     data = load_data(str(tiny_data / "rotten_tomatoes"), None, None, 0)
-    split = tokenize(data, tokenizer, 512)["test"]
+    split = tokenize(data, Cutter(tokenizer, 512))[0]["test"]
     encoder = load_classifier(source, data.label_names).base_model.eval()
-    got = cls_embeddings(encoder, split, torch.device("cpu"), "fp32")
+    got = embeddings(encoder, split, torch.device("cpu"), "fp32")
     with torch.no_grad():
         for row, text in enumerate(data.splits["test"]["text"]):
             alone = encoder(**tokenizer(text, return_tensors="pt")).last_hidden_state[0, 0]

@@ -57,7 +57,7 @@ def test_modes(words, mode, method, runs):
 def test_no_mode_prints_the_help_and_exits_with_2(capsys):
     said = refusal(capsys, "--epochs", "5")
     assert "usage:" in said and "--batch_size" in said
-    assert said.splitlines()[-1] == "error: choose one of --finetune, --baseline, --report, --sync"
+    assert said.splitlines()[-1] == "error: choose one of --finetune, --baseline, --predict, --merge, --report, --sync"
 
 
 @pytest.mark.parametrize(

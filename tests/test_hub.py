@@ -8,6 +8,8 @@ import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+import standin_hub
+from conftest import command
 
 import hub
 
@@ -163,3 +165,56 @@ def test_the_endpoint_is_the_clients_own(monkeypatch):
     assert hub.endpoint() == "https://huggingface.co"
     monkeypatch.setenv("HF_ENDPOINT", "http://mirror/hf/")
     assert hub.endpoint() == "http://mirror/hf"
+
+
+LOGIN = {"HF_TOKEN": "hf_secret"}
+
+
+@pytest.fixture
+def pushing(tmp_path, tiny_model, tiny_data):
+    """pushing(*words, **env) runs main against a stand-in hub; pushing.hub is that hub."""
+    with standin_hub.StandInHub(tmp_path / "hub") as running:
+        (tmp_path / "hub").mkdir()
+
+        def call(*words: str, **env: str):
+            env = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": running.url, "HF_HOME": str(tmp_path / "home"), **env}
+            where = ("--model", str(tiny_model), "--dataset", str(tiny_data / "rotten_tomatoes"))
+            return command(*words, *where, "--epochs", "1", "--output_dir", str(tmp_path / "runs"), **env)
+
+        call.hub = running
+        yield call
+
+
+def test_a_model_is_pushed_to_the_hub(pushing, tmp_path):
+    done = pushing("--finetune", "--push_to_hub", "me/mine", **LOGIN)
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    pushed = {path.name: path.read_bytes() for path in (tmp_path / "hub/models/me/mine").iterdir()}
+    assert pushed == {path.name: path.read_bytes() for path in (run / "model").iterdir()} | {
+        name: content for name, content in pushed.items() if name == ".gitattributes"
+    }
+    assert "model.safetensors" in pushed and "README.md" in pushed
+    assert not any(b"hf_secret" in path.read_bytes() for path in run.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize(
+    ("env", "name", "reason"),
+    [
+        ({}, "me/mine", "expected a login"),
+        (LOGIN, "a/b/c", "--push_to_hub"),
+        ({**LOGIN, "HF_HUB_OFFLINE": "1"}, "me/mine", "cannot be reached"),
+    ],
+)
+def test_a_push_that_cannot_work_is_told_before_training(pushing, tmp_path, env, name, reason):
+    done = pushing("--finetune", "--push_to_hub", name, **env)
+    assert done.returncode == 2 and reason in done.stderr and not (tmp_path / "runs").exists()
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_push_that_fails_leaves_the_run_whole(pushing, tmp_path, monkeypatch):
+    pushing.hub.root.joinpath("models", "me").mkdir(parents=True)
+    pushing.hub.root.joinpath("models", "me", "mine").write_text("no folder")  # the commit cannot be written
+    done = pushing("--finetune", "--push_to_hub", "me/mine", **LOGIN)
+    assert done.returncode == 2 and "Traceback" not in done.stderr.split("error: ")[-1]
+    (run,) = (tmp_path / "runs").iterdir()
+    assert (run / "result.json").exists() and f"hf upload me/mine {run / 'model'}" in done.stderr.splitlines()[-1]

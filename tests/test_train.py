@@ -110,17 +110,18 @@ def no_dropout(tiny_model, tmp_path):
 def test_a_step_is_the_mean_over_its_examples(no_dropout, tiny_data, plain):
     """Passes of 4, 4 and 2 rows give the gradient of one pass over the 10: no average of averages."""
     import train
-    from data import load_data, tokenize
+    from data import load_data
     from engine import make_engine
     from models import find_model, load_classifier, load_tokenizer
     from runs import open_device
+    from tokens import Cutter, tokenize
     from tracking import NullLogger
 
     accelerator, _ = open_device("cpu", "fp32")
     source = find_model(str(no_dropout))
     tokenizer, _ = load_tokenizer(source, None)
     data = load_data(str(tiny_data / "rotten_tomatoes"), None, None, 0)
-    splits = tokenize(data, tokenizer, 64)
+    splits, _ = tokenize(data, Cutter(tokenizer, 64))
     gradients = []
     for passes in ([np.arange(10)], [np.arange(4), np.arange(4, 8), np.arange(8, 10)]):
         torch.manual_seed(0)

@@ -1,0 +1,316 @@
+"""--predict and --merge, through the real command line, on runs of the tiny model."""
+
+import csv
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, read_json, read_lines
+
+METHODS = {
+    "full": ("--finetune", "--lr", "1e-2"),
+    "lora": ("--finetune", "--peft", "--lora_r", "4", "--lr", "5e-3"),
+    "baseline": ("--baseline",),
+}
+TEXTS = ["great moving story", "", "awful and dull", "the film was funny , warm", "   ", "é漢🎬 bad"]
+
+
+@pytest.fixture(scope="session")
+def runs(tiny_model, tiny_data, tmp_path_factory) -> dict[str, Path]:
+    """A finished run of every method, in fp32."""
+    from main import main
+
+    found = {}
+    for name, words in METHODS.items():
+        folder = tmp_path_factory.mktemp(name)
+        where = ("--dataset", str(tiny_data / "rotten_tomatoes"), "--model", str(tiny_model))
+        assert main([*words, *where, "--epochs", "2", "--precision", "fp32", "--output_dir", str(folder)]) == 0
+        (found[name],) = folder.iterdir()
+    return found
+
+
+@pytest.fixture
+def predict(capsys, monkeypatch):
+    """predict(run, *words, stdin=...) -> (exit code, stdout, stderr)"""
+    from main import main
+
+    def call(run: Path, *words: str, stdin: str | None = None) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            if stdin is not None:
+                patch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+            try:
+                code = main(["--precision", "fp32", "--predict", str(run), *words])
+            except SystemExit as stop:
+                code = stop.code
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call
+
+
+def shell(line: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["/bin/sh", "-c", line], capture_output=True, text=True, timeout=60, check=False)
+
+
+def lines(out: str) -> list[dict]:
+    return [json.loads(line) for line in out.splitlines()]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_gives_the_probabilities_that_the_run_recorded(runs, predict, tmp_path, method):
+    rows = read_lines(runs[method] / "predictions.jsonl")
+    file = tmp_path / "test.txt"
+    file.write_text("".join(row["text"] + "\n" for row in rows))
+    code, out, err = predict(runs[method], "--input", str(file))
+    assert code == 0, err
+    got = lines(out)
+    assert [row["text"] for row in got] == [row["text"] for row in rows]
+    assert [row["label"] for row in got] == [row["prediction"] for row in rows]
+    for mine, row in zip(got, rows, strict=True):
+        assert mine["probabilities"] == pytest.approx(row["probabilities"], abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_it_agrees_with_transformers_pipeline(runs, predict, method):
+    from transformers import pipeline
+
+    classify = pipeline("text-classification", model=str(runs[method] / "model"), top_k=None)
+    texts = [text for text in TEXTS if text.strip()]
+    code, out, _ = predict(runs[method], *texts)
+    assert code == 0
+    for row, scores in zip(lines(out), classify(texts), strict=True):
+        assert row["probabilities"] == pytest.approx({s["label"]: s["score"] for s in scores}, abs=1e-5)
+
+
+def test_texts_lines_and_files_are_answered_alike_and_in_order(runs, predict, tmp_path, monkeypatch):
+    """Windows of two rows, so that order and blanks are kept across them."""
+    import streams
+
+    monkeypatch.setattr(streams, "WINDOW_ROWS", 2)
+    monkeypatch.setattr(streams._windows, "__defaults__", (2,))
+    one_by_one = [lines(predict(runs["full"], text)[1])[0] for text in TEXTS]
+    assert [row["label"] is None for row in one_by_one] == [not text.strip() for text in TEXTS]
+    assert lines(predict(runs["full"], *TEXTS)[1]) == one_by_one
+    stream = "".join(text + "\n" for text in TEXTS)
+    for given in (stream, stream.removesuffix("\n"), stream.replace("\n", "\r\n"), "\ufeff" + stream):
+        assert lines(predict(runs["full"], stdin=given)[1]) == one_by_one
+    file = tmp_path / "texts.txt"
+    file.write_text(stream)
+    assert predict(runs["full"], "--input", str(file), "--output", str(tmp_path / "out.jsonl"))[1] == ""
+    assert read_lines(tmp_path / "out.jsonl") == one_by_one
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet"])
+def test_files_keep_their_columns_and_gain_more(runs, predict, tmp_path, ending):
+    file, out = tmp_path / f"in.{ending}", tmp_path / f"out.{ending}"
+    numbers = list(range(len(TEXTS)))
+    if ending == "parquet":
+        pq.write_table(pa.table({"id": numbers, "text": TEXTS, "label": ["x"] * len(TEXTS)}), file)
+    elif ending == "jsonl":
+        file.write_text("".join(json.dumps({"id": n, "text": t, "label": "x"}) + "\n" for n, t in enumerate(TEXTS)))
+    else:
+        with file.open("w", newline="") as handle:
+            writer = csv.writer(handle, delimiter="\t" if ending == "tsv" else ",")
+            writer.writerows([["id", "text", "label"], *([n, t, "x"] for n, t in enumerate(TEXTS))])
+    assert predict(runs["full"], "--input", str(file), "--output", str(out))[0] == 0
+    expected = lines(predict(runs["full"], *TEXTS)[1])
+    if ending == "jsonl":
+        got = read_lines(out)
+        shares = [row["probabilities"] and row["probabilities"]["pos"] for row in got]
+    else:
+        if ending == "parquet":
+            got = pq.read_table(out).to_pylist()
+        else:
+            with out.open(newline="") as handle:
+                got = list(csv.DictReader(handle, delimiter="\t" if ending == "tsv" else ","))
+        assert list(got[0]) == ["id", "text", "label", "predicted_label", "probability_neg", "probability_pos"]
+        shares = [row["probability_pos"] for row in got]
+    assert [(int(row["id"]), row["text"], row["label"]) for row in got] == [(n, t, "x") for n, t in enumerate(TEXTS)]
+    assert [row["predicted_label"] or None for row in got] == [row["label"] for row in expected]
+    wanted = [row["probabilities"] and row["probabilities"]["pos"] for row in expected]
+    assert [None if share in ("", None) else float(share) for share in shares] == wanted
+    said = predict(runs["full"], "--input", str(file))[1]  # to standard output: JSON lines, whatever the input
+    assert [row["predicted_label"] for row in lines(said)] == [row["label"] for row in expected]
+
+
+def test_empty_lines_of_a_csv_stay_where_they_are(runs, predict, tmp_path):
+    (tmp_path / "in.csv").write_text("text,n\n\ngood,1\n\n\nbad,2\n")
+    assert predict(runs["full"], "--input", str(tmp_path / "in.csv"), "--output", str(tmp_path / "out.csv"))[0] == 0
+    got = (tmp_path / "out.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in got] == ["text", "", "good", "", "", "bad"]
+
+
+def test_the_column_can_be_named(runs, predict, tmp_path):
+    (tmp_path / "in.csv").write_text("text,words\n1,great moving\n2,dull\n")
+    words = ("--input", str(tmp_path / "in.csv"), "--text_column", "words")
+    expected = lines(predict(runs["full"], "great moving", "dull")[1])
+    got = lines(predict(runs["full"], *words)[1])
+    assert [row["probabilities"] for row in got] == [row["probabilities"] for row in expected]
+
+
+WRONG = {
+    "no such run": ("nowhere", (), None, "run folder"),
+    "not a run": (".", (), None, "run folder"),
+    "no such file": (None, ("--input", "nowhere.csv"), None, "nowhere.csv: cannot be read"),
+    "no such parquet": (None, ("--input", "nowhere.parquet"), None, "nowhere.parquet"),
+    "unknown ending": (None, ("--input", "texts.xlsx"), None, ".csv"),
+    "empty input": (None, (), "", "empty file"),
+    "both": (None, ("good", "--input", "x.csv"), None, "texts or --input"),
+    "not UTF-8": (None, ("--input", "{latin}"), None, "line 2: expected UTF-8"),
+    "empty file": (None, ("--input", "{empty}"), None, "empty file"),
+    "missing column": (None, ("--input", "{csv}"), None, "expected a column text"),
+    "missing named column": (None, ("--input", "{csv}", "--text_column", "nope"), None, "'nope'"),
+    "other ending": (None, ("--input", "{csv}", "--text_column", "a", "--output", "x.parquet"), None, ".jsonl or .csv"),
+    "onto itself": (None, ("--input", "{csv}", "--text_column", "a", "--output", "{csv}"), None, "another file"),
+    "no folder": (None, ("good", "--output", "nowhere/x.jsonl"), None, "nowhere"),
+    "taken names": (None, ("--input", "{taken}"), None, "predicted_label"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_the_user_got_wrong_is_one_line(runs, predict, tmp_path, monkeypatch, case):
+    monkeypatch.chdir(tmp_path)
+    files = {"latin": b"good\ncaf\xe9\n", "empty": b"", "csv": b"a,b\n1,2\n", "taken": b"text,predicted_label\na,b\n"}
+    for name, content in files.items():
+        (tmp_path / f"{name}.{'txt' if name in ('latin', 'empty') else 'csv'}").write_bytes(content)
+    run, words, stdin, expected = WRONG[case]
+    paths = {name: f"{name}.{'txt' if name in ('latin', 'empty') else 'csv'}" for name in files}
+    code, out, err = predict(run or runs["full"], *(word.format(**paths) for word in words), stdin=stdin)
+    last = err.strip().splitlines()[-1]
+    assert code == 2 and last.startswith("error: ") and expected in last and "Traceback" not in err
+    assert out == "" and not list(tmp_path.glob("x.*"))
+    assert (tmp_path / "csv.csv").read_bytes() == files["csv"]
+
+
+def test_an_unfinished_run_and_a_damaged_one_are_refused(runs, predict, tmp_path):
+    import shutil
+
+    run = shutil.copytree(runs["lora"], tmp_path / "run")
+    for name in ("model/adapter_model.safetensors", "model/tokenizer.json", "model/model.safetensors", "result.json"):
+        (run / name).unlink()
+        code, _, err = predict(run, "good")
+        assert code == 2 and err.strip().splitlines()[-1].startswith(f"error: --predict {run}: "), err
+        assert "Traceback" not in err
+
+
+def test_rows_that_bf16_leaves_open_are_computed_in_fp32(runs, monkeypatch):
+    """With every row taken for open, bf16 gives the numbers of fp32; with none, others."""
+    import predict as module
+
+    saved = module.open_saved(str(runs["full"]), "predict")
+    texts = [row["text"] for row in read_lines(runs["full"] / "predictions.jsonl")]
+    exact = module.Predictor(saved, "cpu", "fp32")(texts)
+    found = {}
+    for limit in (0.0, 1e9):
+        monkeypatch.setattr(module, "CLOSE", limit)
+        found[limit] = module.Predictor(saved, "cpu", "bf16")(texts)
+    assert np.array_equal(found[1e9], exact) and not np.array_equal(found[0.0], exact)
+    np.testing.assert_allclose(found[0.0], exact, atol=0.02)
+
+
+def test_merged_weights_are_plain_and_agree(runs, capsys):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from main import main
+
+    assert main(["--merge", str(runs["lora"])]) == 0
+    folder = runs["lora"] / "merged"
+    assert str(folder) in capsys.readouterr().out and not (folder / "adapter_config.json").exists()
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    import torch
+
+    for row in read_lines(runs["lora"] / "predictions.jsonl"):
+        with torch.no_grad():
+            shares = model(**tokenizer(row["text"], return_tensors="pt")).logits.softmax(dim=-1)[0].tolist()
+        named = dict(zip((model.config.id2label[n] for n in range(2)), shares))
+        assert named == pytest.approx(row["probabilities"], abs=1e-5)
+    assert main(["--merge", str(runs["lora"])]) == 0  # it is there already
+    assert main(["--merge", str(runs["full"])]) == 2
+    assert "expected a LoRA run" in capsys.readouterr().err
+
+
+def test_a_lora_run_loads_in_peft_with_its_head(runs):
+    import torch
+    from peft import AutoPeftModelForSequenceClassification
+    from transformers import AutoTokenizer
+
+    model = AutoPeftModelForSequenceClassification.from_pretrained(runs["lora"] / "model", num_labels=2).eval()
+    tokenizer = AutoTokenizer.from_pretrained(runs["lora"] / "model")
+    for row in read_lines(runs["lora"] / "predictions.jsonl")[:9]:
+        with torch.no_grad():
+            shares = model(**tokenizer(row["text"], return_tensors="pt")).logits.softmax(dim=-1)[0].tolist()
+        assert shares == pytest.approx(list(row["probabilities"].values()), abs=1e-5)
+
+
+def test_ctrl_c_leaves_whole_lines(runs, tmp_path):
+    """The real process, fed without end, stopped in the middle."""
+    out = tmp_path / "out.jsonl"
+    words = [sys.executable, str(ROOT / "main.py"), "--predict", str(runs["full"]), "--output", str(out)]
+    feeder = subprocess.Popen(["/usr/bin/env", "yes", "great film"], stdout=subprocess.PIPE)
+    process = subprocess.Popen(words, stdin=feeder.stdout, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not (out.exists() and out.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    finally:
+        feeder.kill(), feeder.wait(), process.kill()
+    assert process.returncode == 130 and "Traceback" not in err, err
+    content = out.read_text()
+    assert content.endswith("\n") and all(json.loads(line)["label"] for line in content.splitlines())
+
+
+def test_who_reads_may_go(runs):
+    line = f"yes great | {sys.executable} {ROOT / 'main.py'} --predict {runs['full']} | head -2"
+    done = shell(line)
+    assert len(done.stdout.splitlines()) == 2 and done.stderr == ""
+
+
+def test_closed_standard_input_is_one_line(runs):
+    line = f"{sys.executable} {ROOT / 'main.py'} --predict {runs['full']} <&-"
+    done = shell(line)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+
+
+def test_a_long_pipe_needs_no_more_memory_than_a_short_one(runs, tmp_path):
+    peaks = []
+    for rows in (10_000, 60_000):
+        (tmp_path / "in.txt").write_text("a rather good film with a story\n" * rows)
+        code = f"""import resource, main
+assert main.main(["--predict", {str(runs["full"])!r}, "--input", {str(tmp_path / "in.txt")!r},
+                  "--output", {str(tmp_path / "out.jsonl")!r}]) == 0
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"""
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout.split()[-1]))
+        assert sum(1 for _ in (tmp_path / "out.jsonl").open()) == rows
+    assert peaks[1] - peaks[0] < 30_000  # kB
+
+
+def test_the_card_names_base_data_and_limits(runs):
+    card = (runs["full"] / "model" / "README.md").read_text()
+    record = read_json(runs["full"] / "result.json")
+    assert record["model"]["source"] in card and record["data"]["source"] in card and "95%" in card
+    assert "its card names none" in card and "license:" not in card.split("---")[1]  # the tiny model has no card
+
+
+def test_the_card_of_the_packaged_encoder_and_of_a_folder_with_a_card_names_the_license(tiny_model, tmp_path):
+    import shutil
+
+    from models import find_model
+
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    (folder / "README.md").write_text("---\nlanguage: en\nlicense: mit\n---\n# Mine\n")
+    assert find_model(str(folder)).license == "mit"
+    (folder / "README.md").write_text("# license: none\n")
+    assert find_model(str(folder)).license is None

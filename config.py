@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 DEFAULT_MODEL = "distilbert-base-uncased"
 DEFAULT_DATASET = "rotten_tomatoes"
 NEWEST = "newest"  # --resume without a run
-MODES = ("finetune", "baseline", "report", "sync")
+LOCAL_CLUSTER = "local"  # --ray without an address
+MODES = ("finetune", "baseline", "sweep", "report", "sync")
 
 
 class UserError(ValueError):
@@ -50,6 +51,7 @@ class TrainConfig:
 
     mode: str = "finetune"
     runs: tuple[str, ...] = ()  # --report: the run folders to show, all under output_dir if empty; --sync: its one run
+    given: str = ""  # --sweep: the flags given beside it, with commas; they hold for every cell, over the file
 
     # `None` means that the user left the default: only then may the packaged default stand in for the hub.
     dataset: str | None = flag(
@@ -125,9 +127,26 @@ class TrainConfig:
     output_dir: str = flag("runs", "output", "run folders are made here", metavar="DIR")
     plots_dir: str = flag("plots", "output", "--report draws its pictures here", metavar="DIR")
 
+    dry_run: bool = flag(False, "sweeps and reports", "--sweep: list the cells and the time they need", switch=True)
+    workers: int = flag(
+        1, "sweeps and reports", "--sweep: runs at once on a machine, which share its cores", type=int, metavar="N"
+    )
+    ray: str | None = flag(
+        None,
+        "sweeps and reports",
+        "--sweep: on the machines of a Ray cluster (alone: a new one on this machine)",
+        nargs="?",
+        const=LOCAL_CLUSTER,
+        metavar="ADDRESS",
+    )
+    export: str | None = flag(
+        None, "sweeps and reports", "--report: also write the runs as small records, without texts", metavar="DIR"
+    )
+
     def __post_init__(self) -> None:
         at_least = {"max_length": 3, "limit": 1, "lora_r": 1, "lora_layers": 1, "epochs": 1, "batch_size": 1}
-        for name, low in {**at_least, "gradient_accumulation_steps": 1, "save_every": 1, "seed": 0}.items():
+        at_least |= {"gradient_accumulation_steps": 1, "save_every": 1, "seed": 0, "workers": 1}
+        for name, low in at_least.items():
             value = getattr(self, name)
             _require(value is None or value >= low, name, value, f"a whole number of at least {low}")
         for name in ("lr", "lora_alpha"):
@@ -142,7 +161,7 @@ class TrainConfig:
         _require(self.seed < 2**32, "seed", self.seed, "a whole number below 2**32")
         known_device = re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device)
         _require(known_device is not None, "device", self.device, "auto, cpu, cuda, cuda:N or mps")
-        for name in ("dataset", "dataset_dir", "model", "project", "output_dir", "plots_dir"):
+        for name in ("dataset", "dataset_dir", "model", "project", "output_dir", "plots_dir", "export"):
             value = getattr(self, name)
             _require(value is None or value.strip(), name, value, "a name or a path")
         if self.lora_layers is not None and not self.peft:
@@ -150,6 +169,9 @@ class TrainConfig:
         for name in ("peft", "resume"):
             if getattr(self, name) and self.mode != "finetune":
                 raise UserError(f"--{name} goes with --finetune")
+        for name, mode in {"dry_run": "sweep", "ray": "sweep", "export": "report"}.items():
+            if getattr(self, name) and self.mode != mode:
+                raise UserError(f"--{name} goes with --{mode}")
 
     @property
     def method(self) -> str:
@@ -197,6 +219,7 @@ def build_parser() -> argparse.ArgumentParser:
     modes = parser.add_argument_group("modes (exactly one)").add_mutually_exclusive_group()
     modes.add_argument("--finetune", action="store_true", help="fine-tune the whole encoder; with --peft, LoRA")
     modes.add_argument("--baseline", action="store_true", help="fit a LinearSVC on frozen CLS embeddings")
+    modes.add_argument("--sweep", metavar="FILE", help="run the grid of a TOML file; what is finished is skipped")
     modes.add_argument("--report", nargs="*", metavar="RUN", help="draw and tabulate finished runs (default: all)")
     modes.add_argument("--sync", metavar="RUN", help="upload a run to W&B and Comet (default: where it was recorded)")
 
@@ -224,7 +247,11 @@ def parse_args(argv: list[str] | None = None) -> TrainConfig:
     values = vars(parser.parse_args([_with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]))
     chosen = {mode: values.pop(mode) for mode in MODES}  # now values holds what was given, and TrainConfig the defaults
     mode = next((mode for mode in MODES if chosen[mode] not in (None, False)), None)
-    runs = [chosen["sync"]] if mode == "sync" else chosen["report"]
+    runs = [chosen[mode]] if mode in ("sync", "sweep") else chosen["report"]
+    if mode == "sweep":
+        if "peft" in values:
+            parser.error("--peft beside --sweep: the file says the method of each cell")
+        values["given"] = ",".join(values)
     run = values.get("resume")
     if mode is None and (run is None or run == NEWEST):
         parser.print_help(sys.stderr)

@@ -143,6 +143,8 @@ class Estimate:
     def left(self, cells: list[Cell], workers: int) -> str:
         """The training time of what is not finished, in words."""
         seconds = [self(cell.config) for cell in cells if not cell.finished]
+        if not seconds:
+            return "nothing left to train"
         known = [value for value in seconds if value is not None]
         if len(known) < len(seconds):
             unknown = f"unknown for {len(seconds) - len(known)} of {len(seconds)} runs"

@@ -138,12 +138,12 @@ def test_a_sweep_runs_skips_resumes_and_tries_again(grid, tmp_path):
     threads = {read_json(path)["device"] for path in root.glob("*/config.json")}
     assert all(device.endswith(f"({max(1, os.cpu_count() // 2)} threads)") for device in threads)
 
-    folders = sorted(root.glob("*/config.json"))
-    (folders[0].parent / "result.json").unlink()  # as a run that was killed before its end
-    broken = read_json(folders[1]) | {"model": {"fingerprint": "another"}}  # one that cannot be resumed
-    folders[1].write_text(json.dumps(broken))
-    (folders[1].parent / "result.json").unlink()
-    folders[2].parent.rename(root / "renamed by its user")
+    killed, kept, broken, _ = sorted(path.parent for path in root.glob("*/config.json"))
+    (killed / "result.json").unlink()
+    (broken / "result.json").unlink()
+    changed = read_json(broken / "config.json") | {"model": {"fingerprint": "another"}}  # it cannot be resumed
+    (broken / "config.json").write_text(json.dumps(changed))
+    kept.rename(root / "renamed by its user")
     listed = command(*words, "--dry_run").stdout
     assert [listed.count(f"| {state} |") for state in ("done", "unfinished", "to do")] == [2, 2, 0]
     assert "unknown" not in listed
@@ -151,7 +151,7 @@ def test_a_sweep_runs_skips_resumes_and_tries_again(grid, tmp_path):
     assert again.returncode == 2 and "Traceback" not in again.stderr
     assert again.stderr.splitlines()[-1].startswith("error: 1 of 4 runs failed")
     assert "its model was" in again.stderr
-    (folders[1].parent / "config.json").unlink()  # now nothing is left of it but a folder
+    (broken / "config.json").unlink()  # now nothing is left of it but a folder
     last = command(*words)
     assert last.returncode == 0 and "[1/1]" in last.stderr
     assert sorted(map(str, finished(root).values())) == sorted(map(str, first.values()))

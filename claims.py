@@ -2,9 +2,11 @@
 
 All of this was written down before any study had a result. A claim is taken apart into statements about cells:
 - a difference is supported if it has the claimed sign and p < 0.05 after Holm's correction over every difference of
-  this file that the records hold; contradicted if it has the other sign at that level; undecided else;
+  this file that the records hold; contradicted if it has the other sign at that level; undecided else, and where a
+  cell has one seed;
 - a bound on a cost is supported if every seed keeps it, contradicted if no seed does, undecided else;
-- "at similar accuracy" is supported if the whole 95% interval lies within 2 points, contradicted if it lies outside.
+- "at similar accuracy" is supported if the whole 95% interval lies within 2 points, contradicted if it lies outside,
+  undecided else, and where a cell has one seed.
 A claim is contradicted if one of its statements is, supported if all are, undecided else. One that the records lack
 cells for is undecided, and says so.
 """
@@ -239,7 +241,9 @@ def _finding(
 
 
 def _judge_contrast(statement: Contrast, difference: stats.Difference, p: float) -> Finding:
-    said = "undecided" if p >= LEVEL else "supported" if difference.value > 0 else "contradicted"
+    said = "supported" if difference.value > 0 else "contradicted"
+    if p >= LEVEL or min(difference.seeds) < 2:
+        said = "undecided"
     evidence = f"{in_points(difference)}, p {p:.3g} after Holm ({statement.metric})"
     return Finding(statement.text, said, evidence, _seeds(difference.seeds))
 
@@ -248,6 +252,8 @@ def _judge_similar(statement: Similar, difference: stats.Difference) -> Finding:
     inside = difference.low >= -SIMILAR and difference.high <= SIMILAR
     outside = difference.low > SIMILAR or difference.high < -SIMILAR
     said = "supported" if inside else "contradicted" if outside else "undecided"
+    if min(difference.seeds) < 2:
+        said = "undecided"
     return Finding(statement.text, said, f"{in_points(difference)} (accuracy)", _seeds(difference.seeds))
 
 

@@ -73,7 +73,7 @@ def cell_names(configs: list[dict[str, Any]]) -> list[str]:
     for name, cell in zip(plain, cells):
         alike = [other for other, other_name in zip(cells, plain) if other_name == name]
         vary = [key for key in cell if any(other[key] != cell[key] for other in alike)]
-        names.append(" ".join([name, *(f"{key} {cell[key]}" for key in vary)]))
+        names.append(" ".join([name, *(f"{key} {cell[key]}" for key in vary if cell[key] is not None)]))
     return names
 
 

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
 from records import Cell
 
@@ -83,11 +83,12 @@ def curves(cells: dict[str, Cell], key: str, label: str) -> Figure:
         epochs, mean = cell.first.curve["epoch"], values.mean(axis=0)
         if epochs == [0]:  # the baseline has no epochs: a level line
             epochs, values, mean = [0, last], np.repeat(values, 2, axis=1), np.repeat(mean, 2)
-        axes.plot(epochs, mean, color=colour[name], linestyle="--" if epochs[0] == 0 else "-", linewidth=1.6)
+        style = {"linestyle": "--"} if epochs[0] == 0 else {"marker": "o", "markersize": 3}
+        axes.plot(epochs, mean, color=colour[name], linewidth=1.6, **style)
         axes.fill_between(epochs, values.min(axis=0), values.max(axis=0), color=colour[name], alpha=0.2, linewidth=0)
         count = f" ({len(cell.runs)} seed{'s' * (len(cell.runs) > 1)})"
         ends.append((epochs[-1], mean[-1], cell.name + count, colour[name]))
-    axes.set(xlabel="epoch", ylabel=label, xlim=(0 if last == 1 else None, last))
+    axes.set(xlabel="epoch", ylabel=label, xlim=(0 if last == 1 else 1, last))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _label_ends(axes, ends)
     return figure
@@ -144,8 +145,8 @@ def against(points: list[tuple[str, str, float, float, float, float, bool]], lab
             named.append((x, value, name, colour[variant]))
     axes.set(xlabel=label, ylabel=quality)
     axes.margins(x=0.25)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
-    axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 1k, 10k, 1M
+    axes.xaxis.set_minor_formatter(NullFormatter())
     _label_ends_of_points(axes, named)
     return figure
 
@@ -208,10 +209,10 @@ def confusion(cell: Cell) -> Figure:
     for run in cell.runs:
         np.add.at(counts, (run.rows.labels, run.predicted), 1 / len(cell.runs))
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    figure, axes = plt.subplots(figsize=(1.8 + 0.9 * len(names), 1.3 + 0.75 * len(names)))
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1.2)
+    figure, axes = plt.subplots(figsize=(1.4 + 0.9 * len(names), 1.2 + 0.75 * len(names)))
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for row, column in np.ndindex(counts.shape):
-        shade = "white" if shares[row, column] > 0.6 else "black"
+        shade = "white" if shares[row, column] > 0.7 else "black"
         text = f"{counts[row, column]:.0f}\n{shares[row, column]:.1%}"
         axes.text(column, row, text, ha="center", va="center", color=shade, fontsize=8)
     ticks = range(len(names))

@@ -138,9 +138,12 @@ def sentence(one: Comparison, p: float) -> str:
         if p >= claims.LEVEL
         else f"has {'higher' if value > 0 else 'lower'} {one.metric} than {one.reference.name}"
     )
+    lone = [c.name for c in (one.cell, one.reference) if len(c.runs) == 1 and c.first.method != "baseline"]
+    caveat = f" But {' and '.join(lone)} ran with one seed, which says nothing about others." if lone else ""
     return (
         f"{name} {said} (difference {value:+.1f}, 95% interval {low:+.1f} to {high:+.1f}; with {difference.seeds[0]} "
         f"and {difference.seeds[1]} seeds this set detects {100 * difference.detectable:.1f}; p {p:.3g} after Holm)."
+        f"{caveat}"
     )
 
 
@@ -285,7 +288,7 @@ def cost_blocks(group: list[Cell], scores: dict[tuple, dict[str, stats.Scores]],
 def analysis_blocks(best: dict[str, Cell], top: Cell, draw: Gallery) -> list[Block]:
     """Where the best cell and the others are wrong."""
     error = plots.calibration_error(top)
-    agree = analysis.agreement(list(best.values()))
+    agree = analysis.agreement(list(best.values()), top)
     return [
         Block("heading", "Errors", 3),
         draw("calibration", plots.calibration(top), f"{top.name}: expected calibration error {error:.3f}."),

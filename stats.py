@@ -91,20 +91,28 @@ def seed_sd(scores: Scores) -> float:
     return math.sqrt(max(0.0, scores.observed.var(ddof=1) - from_rows))
 
 
-def mean_draws(scores: Scores, rng: np.random.Generator) -> np.ndarray:
-    """[draws]: the cell's mean, with the rows and the seeds drawn anew."""
-    runs, means = len(scores.observed), scores.resampled.mean(axis=1)
-    if runs == 1:
-        return means
+def seed_draws(parts: list[tuple[float, Scores]], rng: np.random.Generator) -> np.ndarray | float:
+    """[draws]: the error of sum of weight x mean that comes from the seeds, by Student's t.
+
+    As in the t-test of two samples, the cells of one contrast share a standard deviation; that of the whole report
+    is not used, since high learning rates vary more. Cells with one seed do not add to it.
+    """
+    several = [(weight, scores) for weight, scores in parts if len(scores.observed) > 1]
+    if not several:
+        return 0.0
+    freedom = [len(scores.observed) - 1 for _, scores in several]
+    sd = math.sqrt(np.average([seed_sd(scores) ** 2 for _, scores in several], weights=freedom))
+    spread = math.sqrt(sum(weight**2 / len(scores.observed) for weight, scores in several))
     # Evenly spaced quantiles in random order, not random draws: far out, 10,000 of those still miss by some percent.
-    t = stats.t.ppf((np.arange(len(means)) + 0.5) / len(means), runs - 1)
-    return means + seed_sd(scores) / math.sqrt(runs) * rng.permutation(t)
+    draws = len(parts[0][1].resampled)
+    return sd * spread * rng.permutation(stats.t.ppf((np.arange(draws) + 0.5) / draws, sum(freedom)))
 
 
 def estimate(scores: Scores) -> Estimate:
     """Mean over seeds with its 95% interval over seeds and rows."""
     runs = len(scores.observed)
-    low, high = _interval(mean_draws(scores, np.random.default_rng(1)))
+    draws = scores.resampled.mean(axis=1) + seed_draws([(1, scores)], np.random.default_rng(1))
+    low, high = _interval(np.clip(draws, 0, 1))
     sd = float(scores.observed.std(ddof=1)) if runs > 1 else None
     return Estimate(float(scores.observed.mean()), sd, low, high, runs)
 
@@ -117,14 +125,15 @@ def contrast(parts: list[tuple[float, Scores]], paired: bool = True) -> Differen
     rng = np.random.default_rng(2)
     draws = np.zeros(len(parts[0][1].resampled))
     for weight, scores in parts:
-        some = mean_draws(scores, rng)
-        draws += weight * (some if paired else rng.permutation(some))
+        means = scores.resampled.mean(axis=1)
+        draws += weight * (means if paired else rng.permutation(means))
+    draws += seed_draws(parts, rng)
     value = float(sum(weight * scores.observed.mean() for weight, scores in parts))
     low, high = _interval(draws)
     beyond = np.abs(draws - draws.mean()) >= abs(value) - 1e-12
     p = (1 + int(beyond.sum())) / (1 + len(draws))
     needed = stats.norm.ppf(1 - (1 - CONFIDENCE) / 2) + stats.norm.ppf(POWER)
-    # The interval's half width, not the standard deviation: Student's t with 2 degrees of freedom has none.
+    # The interval's half width, not the standard deviation: Student's t with two degrees of freedom has none.
     error = (high - low) / 2 / stats.norm.ppf(1 - (1 - CONFIDENCE) / 2)
     return Difference(value, low, high, p, float(needed * error), tuple(len(scores.observed) for _, scores in parts))
 

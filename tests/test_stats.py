@@ -46,8 +46,8 @@ def _parts(seeds):
     ("seeds", "seed_effect"), [((1, 1), 0.0), ((5, 5), 0.0), ((5, 5), 0.1), ((3, 5), 0.1), ((3, 3), 0.3)]
 )
 def test_false_alarms_and_coverage(metric, seeds, seed_effect):
-    """600 repetitions: where the true rate is 5%, two standard errors are 1.8%. With three seeds a cell and seeds
-    that differ by 6 points (0.3, far more than any here do), Student's t on both sides errs on the safe side."""
+    """600 repetitions: where the true rate is 5%, two standard errors are 1.8%. An effect of 0.3 is 6 points between
+    seeds, far more than any here."""
     rng = np.random.default_rng(0)
     alarms, covered, cell_covered = [], [], []
     truth = true_accuracy(0.0, seed_effect)  # of precision, too: the labels are fair coins, independent of the rest
@@ -58,9 +58,8 @@ def test_false_alarms_and_coverage(metric, seeds, seed_effect):
         cell_covered.append(cell.low <= truth <= cell.high)
     rates = [float(np.mean(some)) for some in (alarms, covered, cell_covered)]
     print(metric, seeds, seed_effect, rates)
-    extreme = seed_effect > 0.1
-    assert (0.0 if extreme else 0.025) <= rates[0] <= 0.068
-    assert 0.932 <= rates[1] <= (1.0 if extreme else 0.975)
+    assert 0.025 <= rates[0] <= 0.068
+    assert 0.932 <= rates[1] <= 0.975
     assert 0.932 <= rates[2] <= 0.98
 
 

@@ -77,8 +77,9 @@ def test_names_tell_cells_apart():
         TrainConfig(epochs=3),
         TrainConfig(epochs=4),
         TrainConfig(mode="baseline"),
+        TrainConfig(mode="baseline", limit=10),
     ]
-    names = ["LoRA r16 a32 last 2 5e-4", "full 2e-5 epochs 3", "full 2e-5 epochs 4", "baseline"]
+    names = ["LoRA r16 a32 last 2 5e-4", "full 2e-5 epochs 3", "full 2e-5 epochs 4", "baseline", "baseline limit 10"]
     assert cell_names([asdict(config) for config in configs]) == names
 
 

@@ -17,23 +17,30 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
 from records import Cell
 
-INK = "#010203"  # stands for the page's own text colour, light or dark, when a figure becomes SVG
-BLUE, ORANGE, GREEN, PINK, YELLOW, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
-GREY = "#8A8A8A"
-STYLE = {
-    "figure.dpi": 200,
-    "figure.constrained_layout.use": True,
-    "figure.figsize": (5.2, 3.4),  # on a phone as wide as on paper, so that its letters stay readable
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.alpha": 0.2,
-    "font.size": 9,
-    "legend.frameon": False,
-    "axes.prop_cycle": matplotlib.cycler(color=[BLUE, ORANGE, GREEN, PINK, YELLOW, SKY]),  # Okabe and Ito
-    "svg.fonttype": "none",
-} | dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), INK)
+INK, PAPER = "#010203", "#fefefe"  # stand for the page's own colours when a figure becomes SVG
+# Dark enough for letters on white; the page has lighter ones of the same names for the dark.
+COLOURS = {"blue": "#0072b2", "orange": "#c75300", "green": "#00805c", "pink": "#b8478a", "ochre": "#9a6a00"}
+COLOURS |= {"purple": "#7a5195", "grey": "#6f6f6f"}
+BLUE, GREY = COLOURS["blue"], COLOURS["grey"]
+STYLE = (
+    {
+        "figure.dpi": 200,
+        "figure.constrained_layout.use": True,
+        "figure.figsize": (5.4, 3.8),  # on a phone as wide as on paper, so that its letters stay readable
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.alpha": 0.2,
+        "font.size": 10.5,
+        "legend.frameon": False,
+        "axes.prop_cycle": matplotlib.cycler(color=list(COLOURS.values())[:-1]),
+        "svg.fonttype": "none",
+    }
+    | dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), INK
+    )
+)
 
 
 def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
@@ -52,21 +59,24 @@ def save_png(figure: Figure, path: Path) -> None:
         figure.savefig(path, facecolor="white", metadata={"Software": None})
 
 
-def to_svg(figure: Figure, name: str) -> str:
+def to_svg(figure: Figure, title: str) -> str:
     """An <svg> element for a page: text stays text, in the page's colour; the same figure, the same letters.
 
-    `name` keeps the ids of one picture apart from those of another on the same page.
+    `title` keeps the ids of one picture apart from those of another on the same page.
     """
     out = io.StringIO()
-    with plt.rc_context({**STYLE, "svg.hashsalt": name, "svg.id": name}):
+    with plt.rc_context({**STYLE, "svg.hashsalt": title, "svg.id": title}):
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = out.getvalue()
-    return text[text.index("<svg") :].replace(INK, "currentColor")
+    text = text[text.index("<svg") :].replace(INK, "currentColor").replace(PAPER, "var(--page)")
+    for name, value in COLOURS.items():
+        text = text.replace(value, f"var(--{name})")
+    return text
 
 
 def colours(variants: list[str]) -> dict[str, str]:
     """One colour a method: full is blue, the baseline grey, the others take the rest in their order."""
-    rest = iter([ORANGE, GREEN, PINK, YELLOW, SKY] * len(variants))
+    rest = iter(list(COLOURS.values())[1:-1] * len(variants))
     fixed = {"full": BLUE, "baseline": GREY}
     return {name: fixed.get(name) or next(rest) for name in variants}
 
@@ -86,8 +96,7 @@ def curves(cells: dict[str, Cell], key: str, label: str) -> Figure:
         style = {"linestyle": "--"} if epochs[0] == 0 else {"marker": "o", "markersize": 3}
         axes.plot(epochs, mean, color=colour[name], linewidth=1.6, **style)
         axes.fill_between(epochs, values.min(axis=0), values.max(axis=0), color=colour[name], alpha=0.2, linewidth=0)
-        count = f" ({len(cell.runs)} seed{'s' * (len(cell.runs) > 1)})"
-        ends.append((epochs[-1], mean[-1], cell.name + count, colour[name]))
+        ends.append((epochs[-1], mean[-1], cell.name, colour[name]))
     axes.set(xlabel="epoch", ylabel=label, xlim=(0 if last == 1 else 1, last))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _label_ends(axes, ends)
@@ -97,34 +106,43 @@ def curves(cells: dict[str, Cell], key: str, label: str) -> Figure:
 def _label_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
     """Name the lines at their right ends, moved apart where they would overlap."""
     low, high = axes.get_ylim()
-    step, previous = 0.075 * (high - low), -np.inf
-    right = axes.get_xlim()[1]
-    for x, y, name, colour in sorted(ends, key=lambda end: end[1]):
-        previous = max(y, previous + step)
-        label = name.replace(" (", "\n(") if len(name) > 24 else name
-        arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0}
-        axes.annotate(
-            label,
-            (x, y),
-            (right + 0.04 * (right - axes.get_xlim()[0]), previous),
-            color=colour,
-            fontsize=7.5,
-            va="center",
-            annotation_clip=False,
-            arrowprops=arrow,
-        )
+    left, right = axes.get_xlim()
+    ends = sorted(ends, key=lambda end: end[1])
+    places = _apart([end[1] for end in ends], 0.06 * (high - low), high)
+    for (x, y, name, colour), place in zip(ends, places):
+        _label(axes, (x, y), (right + 0.04 * (right - left), place), "data", name, colour, "left")
+
+
+def _apart(wanted: list[float], step: float, most: float) -> list[float]:
+    """Places near the wanted ones (rising), at least `step` apart, none above `most`."""
+    places = list(wanted)
+    for at in range(1, len(places)):
+        places[at] = max(places[at], places[at - 1] + step)
+    for at in reversed(range(len(places))):
+        places[at] = min(places[at], most)
+        most = places[at] - step
+    return places
+
+
+def _label(
+    axes: Axes, point: tuple[float, float], place: tuple[float, float], system: str, name: str, colour: str, side: str
+) -> None:
+    arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 2}
+    arrow["relpos"] = (0 if side == "left" else 1, 0.5)
+    words = {"fontsize": 9, "va": "center", "ha": side, "color": colour}
+    axes.annotate(name, point, place, "data", system, annotation_clip=False, arrowprops=arrow, **words)
 
 
 @styled
 def forest(names: list[str], values: list[tuple[float, float, float]], shown: list[bool], label: str) -> Figure:
     """Differences (value, low, high) with their intervals, one a line; filled where one is shown."""
-    figure, axes = plt.subplots(figsize=(5.2, 0.9 + 0.34 * len(names)))
+    figure, axes = plt.subplots(figsize=(5.4, 1 + 0.34 * len(names)))
     places = np.arange(len(names))[::-1]
     for place, (value, low, high), sure in zip(places, values, shown):
         axes.plot([low, high], [place, place], color=BLUE, linewidth=1.6)
-        axes.plot(value, place, "o", color=BLUE, markersize=6, markerfacecolor=BLUE if sure else "white")
+        axes.plot(value, place, "o", color=BLUE, markersize=6, markerfacecolor=BLUE if sure else PAPER)
     axes.axvline(0, color=INK, linewidth=0.8)
-    axes.set_yticks(places, names, fontsize=7.5)
+    axes.set_yticks(places, names, fontsize=9)
     axes.set(xlabel=label, ylim=(-0.6, len(names) - 0.4))
     axes.grid(axis="y", visible=False)
     return figure
@@ -147,31 +165,24 @@ def against(points: list[tuple[str, str, float, float, float, float, bool]], lab
     axes.margins(x=0.25)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 1k, 10k, 1M
     axes.xaxis.set_minor_formatter(NullFormatter())
-    _label_ends_of_points(axes, named)
+    _label_points(axes, named)
     return figure
 
 
-def _label_ends_of_points(axes: Axes, named: list[tuple[float, float, str, str]]) -> None:
-    """Name each point beside it, a line higher where another name is near."""
+def _label_points(axes: Axes, named: list[tuple[float, float, str, str]]) -> None:
+    """Name the points of the left half at the left edge of their lines, the others at the right edge."""
     low, high = axes.get_ylim()
     left, right = np.log10(axes.get_xlim())
-    taken: list[tuple[float, float]] = []
-    for x, y, name, colour in sorted(named, key=lambda point: point[1]):
-        across, up = (np.log10(x) - left) / (right - left), (y - low) / (high - low)
-        on_right = across < 0.55
-        while any(abs(up - other_up) < 0.06 and abs(across - other) < 0.45 for other, other_up in taken):
-            up += 0.01
-        taken.append((across, up))
-        axes.annotate(
-            name,
-            (x, y),
-            (across + (0.02 if on_right else -0.02), up),
-            textcoords="axes fraction",
-            color=colour,
-            fontsize=7.5,
-            va="center",
-            ha="left" if on_right else "right",
+    for side in ("left", "right"):
+        some = sorted(
+            (point for point in named if (np.log10(point[0]) < (left + right) / 2) == (side == "left")),
+            key=lambda point: point[1],
         )
+        places = _apart([(y - low) / (high - low) for _, y, _, _ in some], 0.07, 1.0)
+        for (x, y, name, colour), place in zip(some, places):
+            across = (np.log10(x) - left) / (right - left)
+            spot = (across + 0.06 if side == "left" else across - 0.06, place)
+            _label(axes, (x, y), spot, "axes fraction", name, colour, side)
 
 
 @styled
@@ -179,14 +190,14 @@ def calibration(cell: Cell) -> Figure:
     """How often a prediction is right, by how sure it was: ten bins of like size, all seeds together."""
     confidence = np.concatenate([run.confidence for run in cell.runs])
     right = np.concatenate([run.predicted == run.rows.labels for run in cell.runs])
-    figure, axes = plt.subplots(figsize=(4.2, 3.6))
+    figure, axes = plt.subplots(figsize=(4.6, 4))
     low = 1 / len(cell.first.data["labels"])
     axes.plot([low, 1], [low, 1], color=INK, linestyle=":", linewidth=1, label="perfectly calibrated")
     bins = [part for part in np.array_split(np.argsort(confidence, kind="stable"), 10) if len(part)]
     x, y = [confidence[part].mean() for part in bins], [right[part].mean() for part in bins]
     axes.plot(x, y, "o-", color=BLUE, markersize=4, label=f"{cell.name} ({len(cell.runs)} seeds)")
     axes.set(xlabel="mean probability of the predicted class", ylabel="share that is right")
-    axes.legend(fontsize=7.5, loc="upper left")
+    axes.legend(fontsize=9, loc="upper left")
     return figure
 
 
@@ -209,12 +220,12 @@ def confusion(cell: Cell) -> Figure:
     for run in cell.runs:
         np.add.at(counts, (run.rows.labels, run.predicted), 1 / len(cell.runs))
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    figure, axes = plt.subplots(figsize=(1.4 + 0.9 * len(names), 1.2 + 0.75 * len(names)))
+    figure, axes = plt.subplots(figsize=(1.8 + 1.1 * len(names), 1.6 + 0.95 * len(names)))
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for row, column in np.ndindex(counts.shape):
         shade = "white" if shares[row, column] > 0.7 else "black"
         text = f"{counts[row, column]:.0f}\n{shares[row, column]:.1%}"
-        axes.text(column, row, text, ha="center", va="center", color=shade, fontsize=8)
+        axes.text(column, row, text, ha="center", va="center", color=shade)
     ticks = range(len(names))
     axes.set_xticks(ticks, names)
     axes.set_yticks(ticks, names, rotation=90, va="center")

@@ -16,7 +16,7 @@ TEMPLATE = Path(__file__).with_name("report_template.html")
 
 @dataclass(frozen=True)
 class Block:
-    """A piece of a report: a heading (level 1 to 3), a text, a table or a picture."""
+    """A piece of a report: a heading (level 1 to 3), a text, a list (one word a row), a table or a picture."""
 
     kind: str
     text: str = ""  # the heading, the paragraph, or the caption
@@ -49,6 +49,8 @@ def markdown(blocks: list[Block]) -> str:
             parts.append(f"{'#' * block.level} {block.text}")
         elif block.kind == "text":
             parts.append(block.text)
+        elif block.kind == "list":
+            parts.append("\n".join(f"- {row[0]}" for row in block.rows))
         elif block.kind == "picture":
             parts.append(f"![{block.text}]({block.file})")
         else:

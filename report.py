@@ -247,7 +247,7 @@ def comparison_blocks(compared: list[tuple[Comparison, float]], draw: Gallery) -
         Block("heading", "Comparisons", 3),
         Block("text", text),
         Block("table", head=head, rows=tuple(rows)),
-        *(Block("text", sentence(one, p)) for one, p in compared),
+        Block("list", rows=tuple((sentence(one, p),) for one, p in compared)),
         draw("differences", figure, caption),
     ]
 

@@ -63,10 +63,10 @@ def make_run(config: TrainConfig, skill: float, rows: Rows) -> Run:
 
 
 def study_runs() -> list[Run]:
-    """A run for each of the three studies' grids."""
-    configs = [c for name in ("rotten_tomatoes", "sst2", "efficiency") for c in grid(name)]
+    """A run for each cell and seed of the three studies' grids, once."""
+    configs = {identity(asdict(c)): c for name in ("rotten_tomatoes", "sst2", "efficiency") for c in grid(name)}
     rows = {data: rows_of(data) for data in TESTS}
-    return [make_run(config, skill(config), rows[config.dataset]) for config in configs]
+    return [make_run(config, skill(config), rows[config.dataset]) for config in configs.values()]
 
 
 def grid(name: str) -> list[TrainConfig]:

@@ -48,13 +48,12 @@ def test_run_folders_and_their_small_records_give_the_same_report(cli, tmp_path)
     code, from_records, err = cli("--report", str(tmp_path / "records"), *other, dataset=None)
     assert code == 0, err
 
-    def without_texts(text: str) -> str:  # the records have none: the last column of the table of mistakes
-        head, mistakes = text.split("The most confident mistakes")
-        return head + re.sub(r" \| (?!---)[^|\n]+ \|\n", " |\n", mistakes.replace(" | --- |\n", " |\n"))
+    head, mistakes = out.split("The most confident mistakes")
+    head_again, mistakes_again = from_records.split("The most confident mistakes")
+    assert head == head_again
+    shorter = [re.sub(r" \| [^|]* \|$", " |", line) if line.startswith("|") else line for line in mistakes.splitlines()]
+    assert shorter == mistakes_again.splitlines()  # the records have no texts: that column is missing
 
-    assert without_texts(out) == without_texts(from_records.replace("| words |", "| words | text |")) or (
-        out.split("The most confident mistakes")[0] == from_records.split("The most confident mistakes")[0]
-    )
     for path in again.glob("*.png"):
         assert path.read_bytes() == (tmp_path / "plots" / path.name).read_bytes()
 
@@ -132,7 +131,7 @@ def test_the_page_needs_no_other_file_and_its_pictures_follow_its_colours(studie
     assert len(pictures) == 14
     for picture in pictures:
         assert plots.INK not in picture and "currentColor" in picture
-        ElementTree.fromstring(picture)
+        ElementTree.fromstring(picture)  # noqa: S314 - our own
     used = set(re.findall(r'(?:url\(|href=")#([^)"]+)', text))
     assert used <= set(page.ids)
     for name in used:
@@ -187,11 +186,9 @@ def test_verdicts_follow_their_rules(studies):
     assert verdicts(one_seed)[1] == "undecided"
     assert verdicts(studies)[6] == "contradicted"  # it takes as long as full
     cheap = []
+    spent = {"train_seconds": 1.0, "peak_memory_bytes": 8.1e8, "trainable_parameters": 500_000}
     for run in studies:
-        if run.method == "lora":
-            spent = {"train_seconds": 1.0, "peak_memory_bytes": 8.1e8, "trainable_parameters": 500_000}
-            run = replace(run, facts=run.facts | spent)
-        cheap.append(run)
+        cheap.append(replace(run, facts=run.facts | spent) if run.method == "lora" else run)
     sixth = verdicts(cheap)[6]
     assert sixth in ("undecided", "supported")  # nothing speaks against it but the width of an interval
     assert verdicts([run for run in studies if run.data["name"] == "sst2"])[1] == "undecided"

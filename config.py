@@ -125,7 +125,7 @@ class TrainConfig:
         None, "output", "steps between checkpoints (default: by time, at most 1% of it)", type=int, metavar="N"
     )
     output_dir: str = flag("runs", "output", "run folders are made here", metavar="DIR")
-    plots_dir: str = flag("plots", "output", "--report draws its pictures here", metavar="DIR")
+    plots_dir: str = flag("plots", "output", "--report writes report.md, report.html and pictures here", metavar="DIR")
 
     dry_run: bool = flag(False, "sweeps and reports", "--sweep: list the cells and the time they need", switch=True)
     workers: int = flag(

@@ -1,11 +1,15 @@
 """Study 4: trained on one data set, tested on the other, without the sentences the two share.
 
-    python experiments/transfer.py --dataset_dir DIR runs/rotten_tomatoes runs/sst2
+SST-2 is drawn from the reviews of Rotten Tomatoes, so one's test rows are the other's training rows, whole or as
+phrases. Two rows share a sentence if, by letters and digits alone, they are equal, or one is a run of at least four
+whole words of the other.
 
-SST-2 is drawn from the reviews of Rotten Tomatoes, so one's test rows may be the other's training rows, whole or as
-phrases. A test row is dropped if, by its letters and digits alone, it equals a row of the other set's training or
-validation split, or holds one of at least four words of it, or is part of one. What is left is scored by
-each saved model, and one Markdown row a run is printed, with the score on its own test rows beside it.
+    python experiments/transfer.py --dataset_dir DIR --write data
+        data/rotten_tomatoes_to_sst2 and data/sst2_to_rotten_tomatoes: the training and validation rows of the first
+        that share nothing with the test rows of the second, and these. experiments/transfer.toml trains on them.
+    python experiments/transfer.py --dataset_dir DIR runs/rotten_tomatoes runs/sst2
+        scores models that were trained on all rows on the test rows that are left without the shared ones, one
+        Markdown row a run. Few are left.
 """
 
 import argparse
@@ -86,29 +90,59 @@ def score_run(run: Path, data) -> np.ndarray:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders, or folders of run folders")
+    parser.add_argument("runs", nargs="*", type=Path, help="run folders, or folders of run folders")
+    parser.add_argument("--write", type=Path, metavar="DIR", help="write data sets to train on, without what is shared")
     parser.add_argument("--dataset_dir", help="look for the data sets here first")
     words = parser.parse_args()
     folders = [
         path.parent for run in words.runs for path in sorted({*run.glob("result.json"), *run.glob("*/result.json")})
     ]
     try:
-        print("\n".join(table(folders, words.dataset_dir)))
+        sets = load_both(words.dataset_dir)
+        print("\n".join(write(sets, words.write) if words.write else table(folders, sets)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def table(folders: list[Path], dataset_dir: str | None) -> list[str]:
-    """The counts of what is shared, and a Markdown row a run."""
+def load_both(dataset_dir: str | None) -> dict:
+    """Both data sets, whole (`data.TextData`)."""
     import hub
 
     hub.go_offline_if_unreachable()
     from data import load_data
+
+    return {name: load_data(name, dataset_dir, None, 0) for name in OTHER}
+
+
+def write(sets: dict, folder: Path) -> list[str]:
+    """A folder of parquet splits for each direction. Returns lines that say what was dropped."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names, lines = ("negative", "positive"), []
+    for source, target in OTHER.items():
+        place = folder / f"{source}_to_{target}"
+        place.mkdir(parents=True, exist_ok=True)
+        tested = sets[target].splits["test"]["text"][:]
+        for split in ("train", "validation", "test"):
+            rows = sets[target if split == "test" else source].splits[split]
+            texts, labels = rows["text"][:], np.asarray(rows["label"][:])
+            drop = np.zeros(len(texts), bool)
+            if split != "test":
+                drop = np.logical_or.reduce(list(shared_rows(texts, tested).values()))
+                lines.append(f"{place / split}: {drop.sum()} of {len(texts)} rows dropped")
+            kept = np.flatnonzero(~drop)
+            table = pa.table({"text": [texts[row] for row in kept], "label": [names[labels[row]] for row in kept]})
+            pq.write_table(table, place / f"{split}.parquet")
+    return lines
+
+
+def table(folders: list[Path], sets: dict) -> list[str]:
+    """The counts of what is shared, and a Markdown row a run."""
     from metrics import score_with_intervals
 
-    sets = {name: load_data(name, dataset_dir, None, 0) for name in OTHER}
     lines, keep = [], {}
     for source, target in OTHER.items():
         trained = [text for split in ("train", "validation") for text in sets[source].splits[split]["text"][:]]

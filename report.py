@@ -240,9 +240,9 @@ def comparison_blocks(compared: list[tuple[Comparison, float]], draw: Gallery) -
         [f"{one.cell.name}, {one.metric}" for one, _ in compared],
         [tuple(100 * number for number in (d.value, d.low, d.high)) for d in (one.difference for one, _ in compared)],
         [p < claims.LEVEL for _, p in compared],
-        f"difference from {compared[0][0].reference.name} (points, 95% interval)",
+        f"points from {compared[0][0].reference.name}",
     )
-    caption = "Differences; filled where p < 0.05 after Holm's correction."
+    caption = "Differences with their 95% intervals; filled where p < 0.05 after Holm's correction."
     return [
         Block("heading", "Comparisons", 3),
         Block("text", text),

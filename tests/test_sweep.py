@@ -158,6 +158,30 @@ def test_a_sweep_runs_skips_resumes_and_tries_again(grid, tmp_path):
     assert sorted(map(str, finished(root).values())) == sorted(map(str, first.values()))
 
 
+def test_the_estimate_is_rows_by_the_newest_rate_of_the_same_kind(tmp_path):
+    from sweep import Estimate, readable
+
+    def record(name, when, method, dataset, rate, **more):
+        config = {"model": None, "dataset": dataset, "limit": None, "lora_layers": None} | more
+        content = {"method": method, "config": config, "samples_per_second": rate, "data": {"rows": {"train": 8000}}}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(json.dumps(content))
+        os.utime(tmp_path / name / "result.json", (when, when))
+
+    record("old", 1, "full", None, 50.0)
+    record("new", 2, "full", "rotten_tomatoes", 100.0)
+    record("other data", 3, "full", "sst2", 400.0, limit=10)
+    record("last layer", 4, "lora", None, 900.0, lora_layers=1)
+    seconds = Estimate(tmp_path)
+    assert seconds(TrainConfig(epochs=2)) == 2 * 8000 / 100
+    assert seconds(TrainConfig(epochs=2, limit=500)) == 2 * 500 / 100
+    assert seconds(TrainConfig(dataset="sst2")) is None  # a rate, but nothing tells the rows
+    assert seconds(TrainConfig(dataset="sst2", limit=600)) == 3 * 600 / 400
+    assert seconds(TrainConfig(peft=True)) is None
+    assert seconds(TrainConfig(peft=True, lora_layers=1)) == 3 * 8000 / 900
+    assert [readable(s) for s in (4, 89, 600, 11100)] == ["4 s", "89 s", "10 min", "3 h 05 min"]
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_goes_to_the_runs_and_the_same_command_goes_on(grid, tmp_path, number, code):
     text = grid.read_text().replace("epochs = 1", "epochs = 400").replace("[1, 2]", "[1]")

@@ -79,33 +79,38 @@ def resample(
     return {name: Scores(values[0], values[1:]) for name, values in found.items()}
 
 
-def seed_sd(scores: Scores) -> float:
-    """The standard deviation between seeds, beyond what differs between runs because the rows are a sample.
+def seed_variances(scores: Scores) -> tuple[float, float]:
+    """(variance between seeds, variance between runs), the first without what the second owes to the rows.
 
     Runs deviate from their mean by their seeds and by rows they happen to get right or wrong; the resampled rows
     show how large the second part is.
     """
-    runs = len(scores.observed)
+    between_runs = float(scores.observed.var(ddof=1))
     deviations = scores.resampled - scores.resampled.mean(axis=1, keepdims=True)
-    from_rows = deviations.var(axis=0).sum() / (runs - 1)
-    return math.sqrt(max(0.0, scores.observed.var(ddof=1) - from_rows))
+    from_rows = deviations.var(axis=0).sum() / (len(scores.observed) - 1)
+    return max(0.0, between_runs - from_rows), between_runs
 
 
 def seed_draws(parts: list[tuple[float, Scores]], rng: np.random.Generator) -> np.ndarray | float:
     """[draws]: the error of sum of weight x mean that comes from the seeds, by Student's t.
 
-    As in the t-test of two samples, the cells of one contrast share a standard deviation; that of the whole report
-    is not used, since high learning rates vary more. Cells with one seed do not add to it.
+    As in the t-test of two samples, the cells of one contrast share a variance; that of the whole report is not
+    used, since high learning rates vary more. It is known the less, the more of the variance between runs had to be
+    taken off: Satterthwaite's degrees of freedom for such a difference, kept within Welch's bounds. Cells with one
+    seed add nothing.
     """
     several = [(weight, scores) for weight, scores in parts if len(scores.observed) > 1]
     if not several:
         return 0.0
     freedom = [len(scores.observed) - 1 for _, scores in several]
-    sd = math.sqrt(np.average([seed_sd(scores) ** 2 for _, scores in several], weights=freedom))
-    spread = math.sqrt(sum(weight**2 / len(scores.observed) for weight, scores in several))
+    variance, between_runs = np.average([seed_variances(scores) for _, scores in several], axis=0, weights=freedom)
+    if variance == 0:
+        return 0.0
+    degrees = np.clip(sum(freedom) * (variance / between_runs) ** 2, min(freedom), sum(freedom))
+    spread = math.sqrt(variance * sum(weight**2 / len(scores.observed) for weight, scores in several))
     # Evenly spaced quantiles in random order, not random draws: far out, 10,000 of those still miss by some percent.
     draws = len(parts[0][1].resampled)
-    return sd * spread * rng.permutation(stats.t.ppf((np.arange(draws) + 0.5) / draws, sum(freedom)))
+    return spread * rng.permutation(stats.t.ppf((np.arange(draws) + 0.5) / draws, degrees))
 
 
 def estimate(scores: Scores) -> Estimate:

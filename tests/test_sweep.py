@@ -135,7 +135,7 @@ def test_a_sweep_runs_skips_resumes_and_tries_again(grid, tmp_path):
     assert done.returncode == 0, done.stderr
     root = tmp_path / "runs" / "grid"
     first = finished(root)
-    assert len(first) == 4 and "[4/4]" in done.stderr and "of training left" in done.stderr
+    assert len(first) == 4 and "[4/4]" in done.stderr and "nothing left to train" in done.stderr
     threads = {read_json(path)["device"] for path in root.glob("*/config.json")}
     assert all(device.endswith(f"({max(1, os.cpu_count() // 2)} threads)") for device in threads)
 

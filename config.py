@@ -16,8 +16,9 @@ from typing import Any, NoReturn
 DEFAULT_MODEL = "distilbert-base-uncased"
 DEFAULT_DATASET = "rotten_tomatoes"
 NEWEST = "newest"  # --resume without a run
-MODES = ("finetune", "baseline", "predict", "merge", "report", "sync")
-GROUPS = ("data", "model", "training", "prediction", "tracking", "output", "seldom needed")  # as --help has them
+LOCAL_CLUSTER = "local"  # --ray without an address
+MODES = ("finetune", "baseline", "predict", "merge", "sweep", "report", "sync")
+GROUPS = ("data", "model", "training", "prediction", "tracking", "output", "sweeps and reports", "seldom needed")
 
 
 class UserError(ValueError):
@@ -50,9 +51,11 @@ class TrainConfig:
     """What one call of the tool was asked to do. Checked when it is made, never changed afterwards."""
 
     mode: str = "finetune"
-    # --report: the run folders to show, all under output_dir if empty; --predict, --merge, --sync: their one run
+    # --report: the run folders to show, all under output_dir if empty; --predict, --merge, --sync: their one run;
+    # --sweep: its file
     runs: tuple[str, ...] = ()
     texts: tuple[str, ...] = ()  # --predict: what stands behind the run
+    given: str = ""  # --sweep: the flags given beside it, with commas; they hold for every cell, over the file
 
     # `None` means that the user left the default: only then may the packaged default stand in for the hub.
     dataset: str | None = flag(
@@ -154,11 +157,29 @@ class TrainConfig:
         None, "output", "upload the model to the hub at the end, as a private repository", metavar="NAME"
     )
     output_dir: str = flag("runs", "output", "run folders are made here", metavar="DIR")
-    plots_dir: str = flag("plots", "seldom needed", "--report draws its pictures here", metavar="DIR")
+    plots_dir: str = flag(
+        "plots", "sweeps and reports", "--report writes report.md, report.html and pictures here", metavar="DIR"
+    )
+    dry_run: bool = flag(False, "sweeps and reports", "--sweep: list the cells and the time they need", switch=True)
+    workers: int = flag(
+        1, "sweeps and reports", "--sweep: runs at once on a machine, which share its cores", type=int, metavar="N"
+    )
+    ray: str | None = flag(
+        None,
+        "sweeps and reports",
+        "--sweep: on the machines of a Ray cluster (alone: a new one on this machine)",
+        nargs="?",
+        const=LOCAL_CLUSTER,
+        metavar="ADDRESS",
+    )
+    export: str | None = flag(
+        None, "sweeps and reports", "--report: also write the runs as small records, without texts", metavar="DIR"
+    )
 
     def __post_init__(self) -> None:
         at_least = {"max_length": 3, "limit": 1, "lora_r": 1, "lora_layers": 1, "epochs": 1, "batch_size": 1}
-        for name, low in {**at_least, "gradient_accumulation_steps": 1, "save_every": 1, "seed": 0}.items():
+        at_least |= {"gradient_accumulation_steps": 1, "save_every": 1, "seed": 0, "workers": 1}
+        for name, low in at_least.items():
             value = getattr(self, name)
             _require(value is None or value >= low, name, value, f"a whole number of at least {low}")
         for name in ("lr", "lora_alpha"):
@@ -174,13 +195,14 @@ class TrainConfig:
         known_device = re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device)
         _require(known_device is not None, "device", self.device, "auto, cpu, cuda, cuda:N or mps")
         names = ("dataset", "dataset_dir", "model", "text_column", "label_column", "input", "output", "push_to_hub")
-        for name in (*names, "project", "output_dir", "plots_dir"):
+        for name in (*names, "project", "output_dir", "plots_dir", "export"):
             value = getattr(self, name)
             _require(value is None or value.strip(), name, value, "a name or a path")
         if self.lora_layers is not None and not self.peft:
             raise UserError("--lora_layers goes with --peft")
         goes_with = {"peft": ("finetune",), "resume": ("finetune",), "input": ("predict",), "output": ("predict",)}
         goes_with["push_to_hub"] = ("finetune", "baseline", "merge")
+        goes_with |= {"dry_run": ("sweep",), "ray": ("sweep",), "export": ("report",)}
         for name, modes in goes_with.items():
             if getattr(self, name) and self.mode not in modes:
                 raise UserError(f"--{name} goes with {' or '.join(f'--{mode}' for mode in modes)}")
@@ -237,6 +259,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--predict", nargs="+", metavar=("RUN", "TEXT"), help="label texts with a run; lines of standard input if none"
     )
     modes.add_argument("--merge", metavar="RUN", help="write a LoRA run's plain weights to RUN/merged")
+    modes.add_argument("--sweep", metavar="FILE", help="run the grid of a TOML file; what is finished is skipped")
     modes.add_argument("--report", nargs="*", metavar="RUN", help="draw and tabulate finished runs (default: all)")
     modes.add_argument("--sync", metavar="RUN", help="upload a run to W&B and Comet (default: where it was recorded)")
 
@@ -265,10 +288,14 @@ def parse_args(argv: list[str] | None = None) -> TrainConfig:
     values = vars(parser.parse_args([*map(_with_underscores, words[:end]), *words[end:]]))
     chosen = {mode: values.pop(mode) for mode in MODES}  # now values holds what was given, and TrainConfig the defaults
     mode = next((mode for mode in MODES if chosen[mode] not in (None, False)), None)
-    runs = chosen.get(mode) if mode in ("predict", "report") else [chosen["merge"] or chosen["sync"]]
+    runs = chosen.get(mode) if mode in ("predict", "report") else [chosen["merge"] or chosen["sync"] or chosen["sweep"]]
     texts = ()
     if mode == "predict":
         runs, texts = runs[:1], tuple(runs[1:])
+    if mode == "sweep":
+        if "peft" in values:
+            parser.error("--peft beside --sweep: the file says the method of each cell")
+        values["given"] = ",".join(values)
     run = values.get("resume")
     if mode is None and (run is None or run == NEWEST):
         parser.print_help(sys.stderr)

@@ -32,6 +32,10 @@ def dispatch(config: TrainConfig) -> None:
         from report import report
 
         return report(config)
+    if config.mode == "sweep":
+        from sweep import sweep
+
+        return sweep(config)
     if config.mode == "sync":
         from tracking import sync
 

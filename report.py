@@ -1,134 +1,308 @@
-"""Pictures and tables, made from the saved records of runs alone."""
+"""`--report`: tables, pictures and verdicts, made from the records of finished runs alone."""
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import matplotlib
+import numpy as np
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+import analysis
+import claims
+import plots
+import stats
+from config import DEFAULT_DATASET, TrainConfig
+from records import Cell, export, group_cells, read_runs
+from render import Block, Gallery, html, markdown
 
-from config import TrainConfig, UserError
-
-STYLE = {
-    "figure.dpi": 150,
-    "figure.constrained_layout.use": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "font.size": 10,
-    "legend.frameon": False,
-    "axes.prop_cycle": matplotlib.cycler(
-        color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Run:
-    """The records of one finished run."""
-
-    name: str
-    result: dict[str, Any]
-    metrics: list[dict[str, float]]
-
-    def series(self, key: str) -> tuple[list[float], list[float]]:
-        """(epochs, values) of one key of metrics.jsonl."""
-        lines = [line for line in self.metrics if isinstance(line.get(key), (int, float))]
-        return [line["epoch"] for line in lines], [line[key] for line in lines]
-
-
-def read_run(folder: Path) -> Run:
-    """Raises UserError where `folder` holds no finished run."""
-    try:
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        return Run(folder.name, result, _read_metrics(folder))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{folder}: expected a finished run: {error}") from error
-
-
-def _read_metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def draw_curves(folder: Path, best_epoch: int) -> None:
-    """`folder`/curves.png: loss (train and validation) and the validation metrics of one fine-tuned run."""
-    run = Run(folder.name, {}, _read_metrics(folder))
-    with plt.rc_context(STYLE):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
-        left.plot(*run.series("train/loss"), alpha=0.35, color="C0", linewidth=1)
-        left.plot(*_smooth(*run.series("train/loss")), color="C0", label="train (smoothed)")
-        left.plot(*run.series("val/loss"), marker="o", color="C1", label="validation")
-        left.set(xlabel="epoch", ylabel="loss (cross-entropy, nats)", ylim=(0, None))
-        for metric in ("accuracy", "precision", "recall", "f1"):
-            right.plot(*run.series(f"val/{metric}"), marker="o", label=metric)
-        right.axvline(best_epoch, color="0.6", linestyle=":", label="best epoch")
-        right.set(xlabel="epoch", ylabel="validation metric (share of 1)")
-        for axes in (left, right):
-            axes.legend()
-            axes.set_xlim(0, None)
-        figure.suptitle(run.name, fontsize=10)
-        figure.savefig(folder / "curves.png")
-        plt.close(figure)
-
-
-def _smooth(epochs: list[float], values: list[float], weight: float = 0.9) -> tuple[list[float], list[float]]:
-    """Exponential moving average, corrected for its start."""
-    smoothed, mean, norm = [], 0.0, 0.0
-    for value in values:
-        mean, norm = weight * mean + (1 - weight) * value, weight * norm + 1 - weight
-        smoothed.append(mean / norm)
-    return epochs, smoothed
+METRICS = ("accuracy", "precision")
 
 
 def report(config: TrainConfig) -> None:
-    """Draw plots/loss.png and plots/precision.png over the runs, and print their table as Markdown."""
-    folders = [Path(run) for run in config.runs] or sorted(
-        path.parent for path in Path(config.output_dir).glob("*/result.json")
+    """Write report.md, report.html and the pictures to plots_dir, and the Markdown to stdout; with --export, the
+    small records too. Raises UserError where there is no finished run."""
+    runs = read_runs([Path(run) for run in config.runs] or [Path(config.output_dir)])
+    folder = Path(config.plots_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if config.export:
+        _say(f"wrote {len(export(runs, Path(config.export)))} records to {config.export}")
+    groups, repeats = group_cells(runs)
+    if repeats:
+        _say(f"left out, since they repeat another run's cell and seed: {', '.join(repeats)}")
+    blocks = build(groups, folder)
+    text = markdown(blocks)
+    (folder / "report.md").write_text(text, encoding="utf-8")
+    (folder / "report.html").write_text(html(blocks), encoding="utf-8")
+    _say(f"wrote report.md, report.html and {sum(block.kind == 'picture' for block in blocks)} pictures to {folder}")
+    print(text, end="")
+
+
+def build(groups: list[list[Cell]], folder: Path) -> list[Block]:
+    """The whole report; its pictures are drawn into `folder`."""
+    scores: dict[tuple, dict[str, stats.Scores]] = {}
+    for group in groups:
+        scores |= score_cells(group)
+    blocks = [Block("heading", "Report", 1), Block("text", HOW_TO_READ)]
+    findings = claims.judge(groups, scores)
+    if any(finding.evidence != "not run" for some in findings.values() for finding in some):
+        blocks += verdict_blocks(findings, groups[0][0])
+    family = [comparisons(group, scores) for group in groups]
+    corrected = iter(stats.holm([one.difference.p for some in family for one in some]))
+    for number, (group, some) in enumerate(zip(groups, family)):
+        prefix = _prefix(group, [_prefix(other, []) for other in groups[:number]])
+        blocks += group_blocks(group, scores, [(one, next(corrected)) for one in some], Gallery(folder, prefix))
+    return blocks
+
+
+HOW_TO_READ = (
+    "Made from saved records by `python main.py --report`. A cell is one configuration; its numbers are means over its "
+    "seeds, ± their standard deviation. Intervals are 95%, over seeds and test rows together (one seed: over rows "
+    "alone, which says nothing about other seeds). Test rows were scored once a run, at the epoch that validation "
+    "chose. Precision is that of the positive class, or the mean over more than two."
+)
+
+
+def score_cells(group: list[Cell]) -> dict[tuple, dict[str, stats.Scores]]:
+    """The metrics of each cell, all with the same resampled rows. Keyed by `Run.cell`."""
+    runs = [run for cell in group for run in cell.runs]
+    predicted = np.stack([run.predicted for run in runs])
+    found = stats.resample(runs[0].rows.labels, predicted, len(runs[0].data["labels"]))
+    done, start = {}, 0
+    for cell in group:
+        part = slice(start, start + len(cell.runs))
+        start = part.stop
+        done[cell.first.cell] = {
+            name: stats.Scores(some.observed[part], some.resampled[:, part]) for name, some in found.items()
+        }
+    return done
+
+
+def variant_name(cell: Cell) -> str:
+    """The cell's method without its learning rate, such as `LoRA r16 a64`; one colour in the pictures."""
+    words = cell.name.split()
+    lr = 1 if words[0] == "full" else next((at for at, word in enumerate(words) if "e-" in word), len(words))
+    return " ".join(words[:lr] + words[lr + 1 :])
+
+
+def best_cells(group: list[Cell]) -> dict[str, Cell]:
+    """Each method's best learning rate by mean validation accuracy."""
+    best: dict[str, Cell] = {}
+    for cell in group:
+        name = variant_name(cell)
+        if name not in best or cell.val("accuracy") > best[name].val("accuracy"):
+            best[name] = cell
+    return best
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`cell` against `reference`, in one metric."""
+
+    cell: Cell
+    reference: Cell
+    metric: str
+    difference: stats.Difference
+    mcnemar: float | None  # over the seeds that both have; about accuracy
+
+
+def comparisons(group: list[Cell], scores: dict[tuple, dict[str, stats.Scores]]) -> list[Comparison]:
+    """Each method at its best rate against full fine-tuning at its own (without one, the best of all)."""
+    best = best_cells(group)
+    top = max(best.values(), key=lambda cell: cell.val("accuracy"))
+    reference = best.get("full", top)
+    found = []
+    for metric in METRICS:
+        for cell in best.values():
+            if cell is reference:
+                continue
+            parts = [(1, scores[cell.first.cell][metric]), (-1, scores[reference.first.cell][metric])]
+            difference = stats.contrast(parts)
+            found.append(Comparison(cell, reference, metric, difference, _mcnemar(cell, reference, metric)))
+    return found
+
+
+def _mcnemar(cell: Cell, reference: Cell, metric: str) -> float | None:
+    mine, others = ({run.seed: run for run in some.runs} for some in (cell, reference))
+    seeds = sorted(mine.keys() & others.keys())
+    if metric != "accuracy" or not seeds:
+        return None
+    right = [np.stack([some[s].predicted == some[s].rows.labels for s in seeds]) for some in (mine, others)]
+    return stats.mcnemar_over_seeds(*right)[0]
+
+
+def sentence(one: Comparison, p: float) -> str:
+    """What a reader can use of a comparison, in one sentence."""
+    difference, name = one.difference, one.cell.name
+    value, low, high = (100 * number for number in (difference.value, difference.low, difference.high))
+    said = (
+        f"is not shown to differ from {one.reference.name} in {one.metric}"
+        if p >= claims.LEVEL
+        else f"has {'higher' if value > 0 else 'lower'} {one.metric} than {one.reference.name}"
     )
-    if not folders:
-        raise UserError(f"--report: no finished run in {config.output_dir}; make one with python main.py --finetune")
-    found = [read_run(folder) for folder in folders]
-    plots = Path(config.plots_dir)
-    plots.mkdir(parents=True, exist_ok=True)
-    with plt.rc_context(STYLE):
-        for name, key, label in (
-            ("loss", "val/loss", "validation loss (cross-entropy, nats)"),
-            ("precision", "val/precision", "validation precision (share of 1)"),
-        ):
-            figure, axes = plt.subplots(figsize=(8, 4.5 + 0.18 * max(0, len(found) - 8)))
-            last = max((run.series(key)[0][-1] for run in found if run.series(key)[0]), default=1) or 1
-            for run in found:
-                epochs, values = run.series(key)
-                if epochs == [0]:  # the baseline has no epochs: a level line
-                    axes.plot([0, last], values * 2, linestyle="--", label=run.name)
-                else:
-                    axes.plot(epochs, values, marker="o", markersize=4, label=run.name)
-            axes.set(xlabel="epoch", ylabel=label)
-            axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
-            figure.savefig(plots / f"{name}.png")
-            plt.close(figure)
-            print(f"drew {plots / name}.png", file=sys.stderr)
-    print(table(found))
+    lone = [c.name for c in (one.cell, one.reference) if len(c.runs) == 1 and c.first.method != "baseline"]
+    caveat = f" But {' and '.join(lone)} ran with one seed, which says nothing about others." if lone else ""
+    return (
+        f"{name} {said} (difference {value:+.1f}, 95% interval {low:+.1f} to {high:+.1f}; with {difference.seeds[0]} "
+        f"and {difference.seeds[1]} seeds this set detects {100 * difference.detectable:.1f}; p {p:.3g} after Holm)."
+        f"{caveat}"
+    )
 
 
-def table(found: list[Run]) -> str:
-    """Markdown: test metrics with 95% intervals over rows, cost, one line a run."""
-    lines = [
-        "| run | model | test accuracy (95%) | precision | recall | F1 | best epoch | trained | train s | samples/s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+def _prefix(group: list[Cell], taken: list[str]) -> str:
+    """Nothing for the default data set, whose pictures are plots/loss.png and so on; else the data set's name."""
+    name = group[0].first.data["name"].removesuffix(" (packaged)").replace("/", "--")
+    prefix = "" if name == DEFAULT_DATASET else f"{name}_"
+    return prefix + (f"{group[0].first.model['fingerprint'][:6]}_" if prefix in taken else "")
+
+
+def verdict_blocks(findings: dict[int, list[claims.Finding]], cell: Cell) -> list[Block]:
+    """The six claims: a row each, and below it its statements."""
+    rows = []
+    for claim in claims.CLAIMS:
+        some = findings[claim.number]
+        rows.append((f"**{claim.number}**", claim.text, f"**{claims.verdict(some)}**", "", "", f"`{claim.command}`"))
+        rows += [("", finding.text, finding.verdict, finding.evidence, finding.seeds, "") for finding in some]
+    text = (
+        f"About {cell.first.model['name']}, and no other encoder. The rules were fixed before the runs (`claims.py`). "
+        "To repeat a study with DistilBERT: its command with `--model distilbert-base-uncased`."
+    )
+    head = ("", "claim", "verdict", "evidence", "seeds", "command")
+    return [Block("heading", "Verdicts", 2), Block("text", text), Block("table", head=head, rows=tuple(rows))]
+
+
+def group_blocks(
+    group: list[Cell],
+    scores: dict[tuple, dict[str, stats.Scores]],
+    compared: list[tuple[Comparison, float]],
+    draw: Gallery,
+) -> list[Block]:
+    """All that is said about one data set and one encoder."""
+    data, model = group[0].first.data, group[0].first.model
+    best = best_cells(group)
+    top = max(best.values(), key=lambda cell: cell.val("accuracy"))
+    devices = ", ".join(sorted({run.facts["device"] + ", " + run.facts["precision"] for c in group for run in c.runs}))
+    rows = " / ".join(f"{data['rows'][split]:,}" for split in ("validation", "test"))
+    about = (
+        f"{rows} rows (validation / test; test fingerprint {data['fingerprints']['test'][:12]}), classes "
+        f"{', '.join(data['labels'])}. Ran on: {devices}. Best cell by validation accuracy: {top.name}."
+    )
+    return [
+        Block("heading", f"{data['name']}, {model['name']}", 2),
+        Block("text", about),
+        Block("heading", "Quality", 3),
+        quality_table(group, scores),
+        draw("loss", plots.curves(best, "val/loss", "validation loss (nats)"), f"Validation loss; {BAND}"),
+        draw("precision", plots.curves(best, "val/precision", "validation precision"), f"Validation precision; {BAND}"),
+        *comparison_blocks(compared, draw),
+        *cost_blocks(group, scores, draw),
+        *analysis_blocks(best, top, draw),
     ]
-    for run in found:
-        got, test = run.result, run.result["test"]
-        low, high = test["accuracy_interval"]
-        lines.append(
-            f"| {run.name} | {got['model']['name']} | {test['accuracy']:.4f} ({low:.3f}-{high:.3f}) "
-            f"| {test['precision']:.4f} | {test['recall']:.4f} | {test['f1']:.4f} | {got['best_epoch'] or '-'} "
-            f"| {got['trainable_parameters']:,} | {got['train_seconds']:.0f} | {got['samples_per_second']:.0f} |"
-        )
-    return "\n".join(lines)
+
+
+BAND = "each method at its best rate, mean over seeds, band from the lowest to the highest seed."
+
+
+def quality_table(group: list[Cell], scores: dict[tuple, dict[str, stats.Scores]]) -> Block:
+    head = ("cell", "seeds", "val. accuracy", "at last epoch", "best epoch")
+    head += ("test accuracy", "95% interval", "test precision", "95% interval")
+    rows = []
+    for cell in group:
+        epochs = sorted(run.facts["best_epoch"] or 0 for run in cell.runs)
+        last = np.mean([run.curve["val/accuracy"][-1] for run in cell.runs])
+        row = [cell.name, str(len(cell.runs)), f"{cell.val('accuracy'):.4f}", f"{last:.4f}"]
+        row.append("-" if epochs[-1] == 0 else f"{np.median(epochs):g} of {cell.first.config['epochs']}")
+        for metric in METRICS:
+            got = stats.estimate(scores[cell.first.cell][metric])
+            row.append(f"{got.mean:.4f}" + ("" if got.sd is None else f" ± {got.sd:.4f}"))
+            row.append(f"{got.low:.3f} to {got.high:.3f}")
+        rows.append(tuple(row))
+    return Block("table", head=head, rows=tuple(rows))
+
+
+def comparison_blocks(compared: list[tuple[Comparison, float]], draw: Gallery) -> list[Block]:
+    """Table, sentences and forest plot; nothing where there is one method."""
+    if not compared:
+        return []
+    text = (
+        "Each method at the learning rate that was best for it on validation, against the same reference. p is from "
+        "the interval's own draws (seeds and rows), corrected by Holm for all differences of this report; McNemar's is "
+        "exact for each seed, combined as twice the mean, uncorrected, and about these runs alone. Detectable: the "
+        "true difference that would be found in 80% of repetitions."
+    )
+    head = ("cell", "against", "metric", "difference (points)", "95% interval", "p (Holm)", "McNemar", "detectable")
+    rows = []
+    for one, p in compared:
+        got = one.difference
+        mcnemar = "-" if one.mcnemar is None else f"{one.mcnemar:.3g}"
+        row = (one.cell.name, one.reference.name, one.metric, f"{100 * got.value:+.1f}")
+        rows.append((*row, f"{100 * got.low:+.1f} to {100 * got.high:+.1f}", f"{p:.3g}", mcnemar))
+        rows[-1] += (f"{100 * got.detectable:.1f}",)
+    figure = plots.forest(
+        [f"{one.cell.name}, {one.metric}" for one, _ in compared],
+        [tuple(100 * number for number in (d.value, d.low, d.high)) for d in (one.difference for one, _ in compared)],
+        [p < claims.LEVEL for _, p in compared],
+        f"points from {compared[0][0].reference.name}",
+    )
+    caption = "Differences with their 95% intervals; filled where p < 0.05 after Holm's correction."
+    return [
+        Block("heading", "Comparisons", 3),
+        Block("text", text),
+        Block("table", head=head, rows=tuple(rows)),
+        Block("list", rows=tuple((sentence(one, p),) for one, p in compared)),
+        draw("differences", figure, caption),
+    ]
+
+
+def cost_blocks(group: list[Cell], scores: dict[tuple, dict[str, stats.Scores]], draw: Gallery) -> list[Block]:
+    """Time, memory, parameters, beside quality."""
+    goal = np.floor(100 * max(cell.val("accuracy") for cell in group) - 1) / 100
+    head = (
+        "cell",
+        "trained parameters",
+        "training time (s)",
+        "samples/s",
+        "peak memory (MB)",
+        "added by training (MB)",
+    )
+    head += (f"s to {goal:.2f} val. accuracy",)
+    rows = []
+    for cell in group:
+        peak, before = cell.fact("peak_memory_bytes"), cell.fact("memory_before_training_bytes")
+        row = [cell.name, f"{cell.fact('trainable_parameters'):,.0f}", f"{cell.fact('train_seconds'):,.0f}"]
+        row += [f"{cell.fact('samples_per_second'):,.0f}", f"{peak / 1e6:,.0f}", f"{(peak - before) / 1e6:,.0f}"]
+        rows.append((*row, analysis.time_to(cell, float(goal))))
+    points = {"time": "train_seconds", "parameters": "trainable_parameters"}
+    labels = {"time": "training time (s, log scale)", "parameters": "trained parameters (log scale)"}
+    named = {id(cell) for cell in best_cells(group).values()}
+    blocks = [Block("heading", "Cost", 3), Block("table", head=head, rows=tuple(rows))]
+    for name, key in points.items():
+        spots = []
+        for cell in group:
+            got = stats.estimate(scores[cell.first.cell]["accuracy"])
+            place = (variant_name(cell), cell.name, cell.fact(key), got.mean, got.low, got.high)
+            spots.append((*place, id(cell) in named))
+        caption = f"Test accuracy (95% interval) against {labels[name]}; each method's best rate is named."
+        blocks.append(draw(f"accuracy_{name}", plots.against(spots, labels[name], "test accuracy"), caption))
+    return blocks
+
+
+def analysis_blocks(best: dict[str, Cell], top: Cell, draw: Gallery) -> list[Block]:
+    """Where the best cell and the others are wrong."""
+    error = plots.calibration_error(top)
+    agree = analysis.agreement(list(best.values()), top)
+    return [
+        Block("heading", "Errors", 3),
+        draw("calibration", plots.calibration(top), f"{top.name}: expected calibration error {error:.3f}."),
+        draw(
+            "confusion", plots.confusion(top), f"{top.name}: test rows a run, mean over seeds; share of the true class."
+        ),
+        Block("text", "Agreement: the share of test rows, mean over all pairs of runs with one of each cell."),
+        Block("table", head=agree[0], rows=agree[1:]),
+        Block("text", "Test accuracy by length in words and by negation (not, n't, no, never, without, ...)."),
+        *(Block("table", head=table[0], rows=table[1:]) for table in [analysis.by_kind_of_row(list(best.values()))]),
+        Block("text", f"The most confident mistakes of {top.name} (row of the test set, from 0)."),
+        *(Block("table", head=table[0], rows=table[1:]) for table in [analysis.mistakes(top)]),
+    ]
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

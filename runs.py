@@ -266,7 +266,7 @@ def _git_commit() -> str | None:
 
 def write_outcome(job: Job, run_dir: Path, result: dict[str, Any], probabilities: np.ndarray) -> None:
     """predictions.jsonl (one test row a line), the picture, then result.json: it marks a finished run."""
-    from report import draw_curves  # here, since matplotlib takes a second to import
+    from plots import draw_curves  # here, since matplotlib takes a second to import
 
     names = job.data.label_names
     with (run_dir / "predictions.jsonl").open("w", encoding="utf-8") as file:

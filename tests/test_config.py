@@ -11,7 +11,8 @@ import pytest
 from config import TrainConfig, UserError, build_parser, parse_args
 
 ROOT = Path(__file__).parent.parent
-OPTIONS = [option for action in build_parser()._actions for option in action.option_strings if "_" in option]
+WITH_VALUES = [action for action in build_parser()._actions if action.nargs != 0]
+OPTIONS = [option for action in WITH_VALUES for option in action.option_strings if "_" in option]
 
 
 def refusal(capsys, *words: str) -> str:
@@ -57,7 +58,8 @@ def test_modes(words, mode, method, runs):
 def test_no_mode_prints_the_help_and_exits_with_2(capsys):
     said = refusal(capsys, "--epochs", "5")
     assert "usage:" in said and "--batch_size" in said
-    assert said.splitlines()[-1] == "error: choose one of --finetune, --baseline, --predict, --merge, --report, --sync"
+    modes = "--finetune, --baseline, --predict, --merge, --sweep, --report, --sync"
+    assert said.splitlines()[-1] == f"error: choose one of {modes}"
 
 
 @pytest.mark.parametrize(
@@ -83,6 +85,10 @@ def test_both_spellings_of_every_flag(option):
     ]
     assert all(config == parsed[0] for config in parsed)
     assert str(getattr(parsed[0], action.dest)) in (value, f"{value}.0")  # the value keeps its own hyphens
+
+
+def test_a_switch_has_both_spellings():
+    assert parse_args(["--sweep", "x", "--dry-run"]) == parse_args(["--sweep", "x", "--dry_run"])
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def test_it_is_the_run_that_peft_would_make(cli, tiny_model, tmp_path):
     words = (*LAST, "--precision", "fp32", "--model", str(model), "--lora_dropout", "0")
     assert cli(*words)[0] == 0 and cli(*words, "--plain")[0] == 0
     fast, plain = sorted(cli.runs.iterdir())
-    assert read_json(fast / "result.json")["engine"] .startswith("fast")
+    assert read_json(fast / "result.json")["engine"].startswith("fast")
     assert losses(fast) == pytest.approx(losses(plain), abs=1e-4)
 
 

@@ -1,24 +1,218 @@
-"""Pictures and tables from saved records."""
+"""Reports from saved records: the same from run folders as from small records, and with known answers."""
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import pytest
+import synthetic
+from conftest import ROOT, read_json
 from PIL import Image
 
+import claims
+import plots
+import report
+from records import export, group_cells, read_runs
 
-def test_report_draws_both_pictures_and_a_table(cli, tmp_path):
+
+def test_run_folders_and_their_small_records_give_the_same_report(cli, tmp_path):
     cli("--finetune", "--epochs", "2")
-    cli("--finetune", "--peft", "--epochs", "3")
+    cli("--finetune", "--epochs", "2", "--seed", "7")
+    cli("--finetune", "--peft", "--epochs", "3", "--limit", "64")
     cli("--baseline")
-    code, out, err = cli("--report", dataset=None)
+    code, out, err = cli("--report", "--export", str(tmp_path / "records"), dataset=None)
     assert code == 0, err
-    for name in ("loss", "precision"):
+    for name in (
+        "loss",
+        "precision",
+        "differences",
+        "accuracy_time",
+        "accuracy_parameters",
+        "calibration",
+        "confusion",
+    ):
         with Image.open(tmp_path / "plots" / f"{name}.png") as picture:
-            assert picture.width > 800
+            assert picture.width > 500
             assert len(picture.convert("RGB").getcolors(1 << 20)) > 10  # something is drawn
-    rows = [line for line in out.splitlines() if line.startswith("| rotten_tomatoes-")]
-    assert [row.split("-")[1] for row in rows] == ["baseline", "full", "lora"]
+    rows = re.findall(r"^\| (baseline|full 2e-5|LoRA r16 a32 2e-5) \| (\d) \|", out, flags=re.M)
+    assert rows == [("baseline", "1"), ("full 2e-5", "2"), ("LoRA r16 a32 2e-5", "1")]
+    assert out == (tmp_path / "plots" / "report.md").read_text()
+    records = "".join(path.read_text() for path in (tmp_path / "records").iterdir())
+    assert str(tmp_path) not in records  # no path of this machine
+    for line in (next(cli.runs.iterdir()) / "predictions.jsonl").read_text().splitlines():
+        assert json.loads(line)["text"] not in records
+
+    again, other = tmp_path / "again", ("--plots_dir", str(tmp_path / "again"))
+    code, from_records, err = cli("--report", str(tmp_path / "records"), *other, dataset=None)
+    assert code == 0, err
+
+    head, mistakes = out.split("The most confident mistakes")
+    head_again, mistakes_again = from_records.split("The most confident mistakes")
+    assert head == head_again
+    shorter = [re.sub(r" \| [^|]* \|$", " |", line) if line.startswith("|") else line for line in mistakes.splitlines()]
+    assert shorter == mistakes_again.splitlines()  # the records have no texts: that column is missing
+
+    for path in again.glob("*.png"):
+        assert path.read_bytes() == (tmp_path / "plots" / path.name).read_bytes()
 
 
 @pytest.mark.parametrize("what", ["nothing", "folder"])
 def test_without_a_finished_run_it_says_so(cli, tmp_path, what):
     code, _, err = cli("--report", *([str(tmp_path)] if what == "folder" else []), dataset=None)
     assert code == 2 and err.startswith("error: ") and len(err.splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def studies():
+    return synthetic.study_runs()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda t: t[:100], lambda t: t.replace('"format": 1', '"format": 99'), lambda t: t.replace('"confidence"', '"c"')],
+)
+def test_a_damaged_record_is_one_line(cli, tmp_path, studies, damage):
+    (path,) = export(studies[:1], tmp_path)
+    path.write_text(damage(path.read_text()))
+    code, _, err = cli("--report", str(tmp_path), dataset=None)
+    assert code == 2 and str(path) in err and len(err.splitlines()) == 1 and "Traceback" not in err
+
+
+def test_exported_records_read_back_as_they_were(studies, tmp_path):
+    export(studies, tmp_path)
+    found = {(run.cell, run.seed): run for run in read_runs([tmp_path])}
+    assert len(found) == len(studies)
+    for run in studies:
+        back = found[run.cell, run.seed]
+        for name in ("predicted", "confidence"):
+            assert (getattr(run, name) == getattr(back, name)).all()
+        for name in ("name", "config", "method", "model", "data", "facts", "val", "test", "curve", "train_loss"):
+            assert getattr(run, name) == getattr(back, name)
+        assert (run.rows.labels == back.rows.labels).all() and (run.rows.negated == back.rows.negated).all()
+
+
+def test_the_order_of_the_records_does_not_matter(studies, tmp_path):
+    def made(runs):
+        groups, repeats = group_cells(runs)
+        assert not repeats
+        return report.markdown(report.build(groups, tmp_path))
+
+    some = [run for run in studies if run.seed < 3]
+    assert made(some) == made(some[::-1])
+
+
+def test_a_repeated_cell_and_seed_counts_once(studies):
+    _, repeats = group_cells([*studies, replace(studies[0], name="again")])
+    assert repeats == ["again"]
+
+
+class Page(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags, self.ids = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.ids += [value for key, value in attributes if key == "id"]
+
+
+def test_the_page_needs_no_other_file_and_its_pictures_follow_its_colours(studies, tmp_path):
+    groups, _ = group_cells(studies)
+    text = report.html(report.build(groups, tmp_path))
+    page = Page(text)
+    for tag, attributes in page.tags:
+        for key in ("src", "href", "xlink:href"):
+            assert re.match(r"#|data:", attributes.get(key) or "#"), (tag, attributes[key])
+    assert "url(http" not in text and "<script" not in text and "@import" not in text
+    pictures = re.findall(r"<svg.*?</svg>", text, flags=re.S)
+    assert len(pictures) == 14
+    for picture in pictures:
+        assert plots.INK not in picture and "currentColor" in picture
+        ElementTree.fromstring(picture)  # noqa: S314 - our own
+    used = set(re.findall(r'(?:url\(|href=")#([^)"]+)', text))
+    assert used <= set(page.ids)
+    for name in used:
+        assert page.ids.count(name) == 1, name  # a picture never points into another
+
+
+def test_texts_are_escaped(studies):
+    block = report.Block("table", head=("a|b",), rows=(("<b>**x** `y` | z</b>",),))
+    assert "&lt;b&gt;<strong>x</strong> <code>y</code> | z&lt;/b&gt;" in report.html([block])
+    assert r"a\|b" in report.markdown([block])
+
+
+def shifted(runs, where, share):
+    """The runs that `where` picks made right on another `share` of their wrong rows."""
+    import numpy as np
+
+    done = []
+    for run in runs:
+        predicted = run.predicted.copy()
+        if where(run):
+            wrong = np.flatnonzero(predicted != run.rows.labels)
+            fix = wrong[: int(share * len(wrong))]
+            predicted[fix] = run.rows.labels[fix]
+        done.append(replace(run, predicted=predicted))
+    return done
+
+
+def verdicts(runs):
+    groups, _ = group_cells(runs)
+    scores = {}
+    for group in groups:
+        scores |= report.score_cells(group)
+    return {number: claims.verdict(some) for number, some in claims.judge(groups, scores).items()}
+
+
+def test_verdicts_follow_their_rules(studies):
+    def at(lr, rank=None):
+        def picks(run):
+            return (
+                run.config["lr"] == lr
+                and run.config["mode"] == "finetune"
+                and (run.config["lora_r"] == rank if run.config["peft"] else rank is None)
+            )
+
+        return picks
+
+    assert verdicts(studies)[1] == "undecided"  # the two rates are nearly equal there
+    assert verdicts(shifted(studies, at(2e-5), 0.6))[1] == "supported"
+    assert verdicts(shifted(studies, at(2e-4), 0.6))[1] == "contradicted"
+    assert verdicts(shifted(studies, at(2e-5, 8), 0.6))[3] == "contradicted"  # one part is enough
+    one_seed = [run for run in shifted(studies, at(2e-5), 0.6) if run.seed == 1]
+    assert verdicts(one_seed)[1] == "undecided"
+    assert verdicts(studies)[6] == "contradicted"  # it takes as long as full
+    cheap = []
+    spent = {"train_seconds": 1.0, "peak_memory_bytes": 8.1e8, "trainable_parameters": 500_000}
+    for run in studies:
+        cheap.append(replace(run, facts=run.facts | spent) if run.method == "lora" else run)
+    sixth = verdicts(cheap)[6]
+    assert sixth in ("undecided", "supported")  # nothing speaks against it but the width of an interval
+    assert verdicts([run for run in studies if run.data["name"] == "sst2"])[1] == "undecided"
+
+
+def test_a_sentence_says_what_was_found_and_what_could_have_been(studies, tmp_path):
+    groups, _ = group_cells(studies)
+    (rotten, _) = groups
+    some = report.comparisons(rotten, report.score_cells(rotten))
+    said = [report.sentence(one, p) for one, p in zip(some, report.stats.holm([one.difference.p for one in some]))]
+    assert re.match(
+        r"baseline has lower accuracy than full 5e-5 \(difference -\d+\.\d, 95% interval -\d+\.\d to -\d+\.\d; with 1 "
+        r"and 3 seeds this set detects \d\.\d; p [0-9.e-]+ after Holm\)\.",
+        said[0],
+    )
+    assert any("is not shown to differ from full 5e-5 in accuracy" in one for one in said)
+
+
+def test_the_committed_report_is_that_of_the_committed_records(cli, tmp_path):
+    """Letter by letter: every number of the studies can be made again from experiments/records."""
+    records, committed = ROOT / "experiments" / "records", ROOT / "experiments" / "report.md"
+    if not any(records.glob("**/*.run.json")):
+        pytest.skip("no study has been recorded yet")
+    code, out, err = cli("--report", str(records), dataset=None)
+    assert code == 0, err
+    assert out == committed.read_text(encoding="utf-8")
+    assert read_json(next(records.glob("**/*.run.json")))["format"] == 1

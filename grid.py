@@ -1,0 +1,149 @@
+"""The file of a sweep: a TOML grid -> the runs it stands for, each a checked `TrainConfig`.
+
+seeds = [1, 2, 3]
+
+[defaults]              # flags of every cell
+dataset = "rotten_tomatoes"
+
+[[cell]]                # 2 x 3 runs: every combination of the lists, with every seed
+method = "lora"
+lr = [2e-5, 2e-4]
+seeds = [1, 2, 3, 4, 5] # for these cells, instead of those above
+"""
+
+import itertools
+import tomllib
+from dataclasses import Field, asdict, fields
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from config import TrainConfig, UserError
+
+METHODS = {"full": {}, "lora": {"peft": True}, "baseline": {"mode": "baseline"}}
+FLAGS = {spec.name: spec for spec in fields(TrainConfig) if spec.metadata}
+# Where a run puts things and who else is told: no part of what it computes. `device` neither, so that a cell that
+# was run on another machine counts as done; its record names the device.
+NOT_COMPUTED = {"runs", "given", "resume", "output_dir", "plots_dir", "wandb", "comet", "project", "save_every"}
+NOT_COMPUTED |= {"device", "dry_run", "workers", "ray", "export"}
+NOT_IN_FILE = {"peft", "seed", "resume", "output_dir", "plots_dir", "dry_run", "workers", "ray", "export"}
+
+
+def read_grid(path: Path, given: dict[str, Any]) -> list[TrainConfig]:
+    """Every run of the file once, in its order: table by table, and within a table seed by seed.
+
+    `given` are flags from the command line; they hold for every cell, over the file. Raises UserError, which
+    names the file, the cell, the key, what was found and what was expected.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"--sweep {path}: expected a TOML file: {error}") from error
+    _known_keys(content, {"seeds", "defaults", "cell"}, f"{path}")
+    defaults, cells = content.get("defaults", {}), content.get("cell", [])
+    if not (isinstance(cells, list) and cells and all(isinstance(cell, dict) for cell in cells)):
+        raise UserError(f"{path}: cell: expected at least one [[cell]] table, found {cells!r}")
+    if not isinstance(defaults, dict):
+        raise UserError(f"{path}: defaults: expected a [defaults] table, found {defaults!r}")
+    runs: dict[tuple, TrainConfig] = {}
+    for number, cell in enumerate(cells, 1):
+        where = f"{path}: cell {number}"
+        table = {**defaults, **cell}
+        table["seeds"] = [given["seed"]] if "seed" in given else table.get("seeds", content.get("seeds"))
+        for config in _expand(table, {key: value for key, value in given.items() if key != "seed"}, where):
+            runs.setdefault(identity(asdict(config)), config)
+    return list(runs.values())
+
+
+def identity(config: dict[str, Any]) -> tuple:
+    """What a run computes, from its config (a `TrainConfig` as a dict, such as config.json holds). Runs of the same
+    identity repeat each other. A field that an older record lacks has its default."""
+    values = {spec.name: config.get(spec.name, spec.default) for spec in fields(TrainConfig)}
+    if values["dataset_dir"]:
+        values["dataset_dir"] = str(Path(values["dataset_dir"]).resolve())
+    return tuple((key, value) for key, value in values.items() if key not in NOT_COMPUTED)
+
+
+def cell_names(configs: list[dict[str, Any]]) -> list[str]:
+    """What a reader would call each config, seeds aside: `LoRA r16 a64 5e-4`, with more fields where two cells would
+    have one name."""
+    plain = [_plain_name(config) for config in configs]
+    cells = [{key: value for key, value in identity(config) if key != "seed"} for config in configs]
+    names = []
+    for name, cell in zip(plain, cells):
+        alike = [other for other, other_name in zip(cells, plain) if other_name == name]
+        vary = [key for key in cell if any(other[key] != cell[key] for other in alike)]
+        names.append(" ".join([name, *(f"{key} {cell[key]}" for key in vary if cell[key] is not None)]))
+    return names
+
+
+def _plain_name(config: dict[str, Any]) -> str:
+    if config["mode"] == "baseline":
+        return "baseline"
+    lr = f"{Decimal(str(config['lr'])).normalize():e}"
+    if not config["peft"]:
+        return f"full {lr}"
+    layers = f" last {config['lora_layers']}" if config.get("lora_layers") else ""
+    return f"LoRA r{config['lora_r']} a{config['lora_alpha']:g}{layers} {lr}"
+
+
+def command_words(config: TrainConfig) -> list[str]:
+    """The words after `python main.py` that `parse_args` turns into `config`."""
+    words = [f"--{config.mode}"]
+    for name, spec in FLAGS.items():
+        value = getattr(config, name)
+        if value == spec.default:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words.append(f"--{name}={value}")
+    return words
+
+
+def _expand(table: dict[str, Any], given: dict[str, Any], where: str) -> list[TrainConfig]:
+    """One [[cell]] table, defaults included -> its runs."""
+    _known_keys(table, {"method", "seeds", *FLAGS} - NOT_IN_FILE, where)
+    seeds = table.pop("seeds")
+    if not isinstance(seeds, list) or not seeds:
+        raise UserError(f"{where}: seeds: expected a list of whole numbers here or at the top, found {seeds!r}")
+    axes = {"seed": [_checked(FLAGS["seed"], seed, where, "seeds") for seed in seeds]}
+    for key, value in table.items():
+        some = value if isinstance(value, list) else [value]
+        if not some:
+            raise UserError(f"{where}: {key}: expected a value or a list of values, found an empty list")
+        if key == "method":
+            wrong = [one for one in some if one not in METHODS]
+            if wrong:
+                raise UserError(f"{where}: method: expected one of {', '.join(METHODS)}, found {wrong[0]!r}")
+            axes[key] = some
+        else:
+            axes[key] = [_checked(FLAGS[key], one, where, key) for one in some]
+    found = []
+    for values in itertools.product(*axes.values()):
+        chosen = {**dict(zip(axes, values)), **given}
+        try:
+            found.append(TrainConfig(**METHODS[chosen.pop("method", "full")], **chosen))
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+    return found
+
+
+def _checked(spec: Field, value: Any, where: str, key: str) -> Any:
+    """`value` as the flag's type. UserError if it is of another."""
+    options = spec.metadata["options"]
+    kind = bool if options.get("switch") else options.get("type", str)
+    expected = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[kind]
+    if choices := options.get("choices"):
+        expected = f"one of {', '.join(choices)}"
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind or (choices and value not in choices):
+        raise UserError(f"{where}: {key}: expected {expected}, found {value!r}")
+    return value
+
+
+def _known_keys(table: dict[str, Any], known: set[str], where: str) -> None:
+    for key in table:
+        if key not in known:
+            raise UserError(f"{where}: {key}: expected one of {', '.join(sorted(known))}, found an unknown key")

@@ -1,0 +1,235 @@
+"""What finished runs left behind, read from their folders or from the small records made of these.
+
+A small record holds no text and no path of its maker's machine: `NAME.run.json` has what a report needs of one run,
+and `rows-*.json` what it needs of the test rows, once for all runs that share them. Both give the same report.
+"""
+
+import hashlib
+import json
+import re
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from config import UserError
+from grid import cell_names, identity
+
+FORMAT = 1
+FACTS = ("best_epoch", "trainable_parameters", "total_parameters", "train_seconds", "samples_per_second")
+FACTS += ("memory_before_training_bytes", "peak_memory_bytes", "precision", "device", "git_commit")
+CURVES = ("val/loss", "val/accuracy", "val/precision", "val/recall", "val/f1")
+# Where a run found its model and data. Which they are is told by their names and fingerprints.
+PLACES = ("dataset", "dataset_dir", "model")
+NEGATION = re.compile(r"\b(?:not?|never|nothing|nobody|nowhere|neither|nor|none|without|hardly|barely|cannot)\b|n't\b")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one test set."""
+
+    fingerprint: str
+    labels: np.ndarray  # [n] class ids
+    words: np.ndarray  # [n] words in the text
+    negated: np.ndarray  # [n] bool: the text holds a negation
+    texts: tuple[str, ...] | None  # None in small records
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run."""
+
+    name: str
+    config: dict[str, Any]  # what it computed, without PLACES
+    method: str
+    model: dict[str, str]  # name, kind, fingerprint
+    data: dict[str, Any]  # name, kind, labels, rows, fingerprints
+    facts: dict[str, Any]
+    val: dict[str, Any]
+    test: dict[str, Any]
+    curve: dict[str, list[float]]  # "epoch" and CURVES, after each epoch; a baseline has one entry, epoch 0
+    train_loss: list[float]  # mean of each epoch
+    predicted: np.ndarray  # [n] class ids, test rows
+    confidence: np.ndarray  # [n] probability of the predicted class, to 4 decimals
+    rows: Rows
+
+    @property
+    def seed(self) -> int:
+        return self.config["seed"]
+
+    @property
+    def cell(self) -> tuple:
+        """The same for runs that differ in their seed alone."""
+        places = {"dataset": self.data["fingerprints"]["test"], "model": self.model["fingerprint"]}
+        return tuple((key, value) for key, value in identity({**self.config, **places}) if key != "seed")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The runs of one configuration on one test set, one a seed."""
+
+    name: str
+    runs: tuple[Run, ...]
+
+    @property
+    def first(self) -> Run:
+        return self.runs[0]
+
+    def fact(self, key: str) -> float | None:
+        """The mean over the seeds, or None where a run lacks it."""
+        values = [run.facts.get(key) for run in self.runs]
+        return None if None in values else float(np.mean(values))
+
+    def val(self, key: str) -> float:
+        """The mean over the seeds of a validation metric, each at its run's best epoch."""
+        return float(np.mean([run.val[key] for run in self.runs]))
+
+
+def read_runs(paths: list[Path]) -> list[Run]:
+    """Every finished run in `paths`: run folders, folders of run folders, small records, or folders of these.
+
+    Raises UserError where a path holds none, or one that cannot be read.
+    """
+    found, rows = [], {}
+    for path in paths:
+        if path.name.endswith(".run.json"):
+            files = [path]
+        elif (path / "result.json").exists():
+            files = [path / "result.json"]
+        else:
+            files = [*path.glob("*/result.json"), *path.glob("*/*/result.json"), *path.glob("**/*.run.json")]
+        if not files:
+            raise UserError(f"--report: no finished run in {path}; make one with python main.py --finetune")
+        for file in sorted(files):
+            try:
+                found.append(
+                    _from_folder(file.parent, rows) if file.name == "result.json" else _from_record(file, rows)
+                )
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                reason = f"{type(error).__name__}: {error}"
+                raise UserError(f"{file}: expected the record of a finished run: {reason}") from error
+    return found
+
+
+def group_cells(runs: list[Run]) -> tuple[list[list[Cell]], list[str]]:
+    """The cells of each (data set, test rows, encoder), and the names of runs that repeat another's cell and seed.
+
+    Methods come in a fixed order, so that the same runs give the same report, however they were named.
+    """
+    groups: dict[tuple, dict[tuple, dict[int, Run]]] = {}
+    repeats = []
+    for run in runs:
+        test = (run.data["name"], run.data["fingerprints"]["test"], run.model["name"], run.model["fingerprint"])
+        seeds = groups.setdefault(test, {}).setdefault(run.cell, {})
+        if run.seed in seeds:
+            repeats.append(run.name)
+        seeds.setdefault(run.seed, run)
+    done = []
+    for test in sorted(groups):
+        cells = [tuple(seeds[seed] for seed in sorted(seeds)) for seeds in groups[test].values()]
+        names = cell_names([some[0].config for some in cells])
+        order = ("baseline", "full", "lora")
+        keys = [
+            (order.index(some[0].method), some[0].config.get("lora_layers") or 99, some[0].config["lora_r"])
+            + (some[0].config["lr"], name)
+            for some, name in zip(cells, names)
+        ]
+        done.append([Cell(names[at], cells[at]) for at in sorted(range(len(cells)), key=keys.__getitem__)])
+    return done, repeats
+
+
+def export(runs: list[Run], folder: Path) -> list[Path]:
+    """Write the small records of `runs` to `folder`; a run exported before is written over. Returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for run in runs:
+        rows = run.rows
+        content = {
+            "format": FORMAT,
+            "fingerprint": rows.fingerprint,
+            "labels": rows.labels.tolist(),
+            "words": rows.words.tolist(),
+            "negated": rows.negated.astype(int).tolist(),
+        }
+        _write_lines(folder / f"rows-{rows.fingerprint[:16]}.json", content)
+        name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{run.data['name']} {cell_names([run.config])[0]} seed{run.seed}")
+        key = hashlib.sha256(repr((run.cell, run.seed)).encode()).hexdigest()[:8]
+        content = {"format": FORMAT} | {field: getattr(run, field) for field in _AS_THEY_ARE}
+        content |= {
+            "test_rows": rows.fingerprint,
+            "predicted": run.predicted.tolist(),
+            "confidence": np.rint(run.confidence * 10_000).astype(int).tolist(),  # in ten-thousandths
+        }
+        written.append(folder / f"{name}-{key}.run.json")
+        _write_lines(written[-1], content)
+    return written
+
+
+_AS_THEY_ARE = ("name", "config", "method", "model", "data", "facts", "val", "test", "curve", "train_loss")
+
+
+def _write_lines(path: Path, content: dict[str, Any]) -> None:
+    """JSON with a line for each key, so that a diff shows what changed."""
+    lines = [f"{json.dumps(key)}: {json.dumps(value, separators=(',', ':'))}" for key, value in content.items()]
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def _from_record(file: Path, rows: dict[str, Rows]) -> Run:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if content["format"] != FORMAT:
+        raise ValueError(f"format {content['format']}, this version reads {FORMAT}")
+    fingerprint = content["test_rows"]
+    if fingerprint not in rows:
+        stored = json.loads((file.parent / f"rows-{fingerprint[:16]}.json").read_text(encoding="utf-8"))
+        labels, words = np.asarray(stored["labels"]), np.asarray(stored["words"])
+        rows[fingerprint] = Rows(fingerprint, labels, words, np.asarray(stored["negated"], bool), None)
+    predicted, confidence = np.asarray(content["predicted"]), np.asarray(content["confidence"]) / 10_000
+    values = {field: content[field] for field in _AS_THEY_ARE}
+    return Run(**values, predicted=predicted, confidence=confidence, rows=rows[fingerprint])
+
+
+def _from_folder(folder: Path, rows: dict[str, Rows]) -> Run:
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    predictions, metrics = _lines(folder / "predictions.jsonl"), _lines(folder / "metrics.jsonl")
+    ids = {label: number for number, label in enumerate(result["data"]["labels"])}
+    fingerprint = result["data"]["fingerprints"]["test"]
+    if fingerprint not in rows or rows[fingerprint].texts is None:
+        texts = tuple(line["text"] for line in predictions)
+        rows[fingerprint] = Rows(
+            fingerprint,
+            np.array([ids[line["label"]] for line in predictions]),
+            np.array([len(text.split()) for text in texts]),
+            np.array([bool(NEGATION.search(text.lower())) for text in texts]),
+            texts,
+        )
+    epochs = [line for line in metrics if "val/loss" in line]
+    curve = {key: [float(line[key]) for line in epochs] for key in ("epoch", *CURVES)}
+    return Run(
+        folder.name,
+        {key: value for key, value in identity(result["config"]) if key not in PLACES},
+        result["method"],
+        {key: result["model"][key] for key in ("name", "kind", "fingerprint")},
+        {key: result["data"][key] for key in ("name", "kind", "labels", "rows", "fingerprints")},
+        {key: result.get(key) for key in FACTS},
+        result["val"],
+        result["test"],
+        curve,
+        _epoch_means(metrics),
+        np.array([ids[line["prediction"]] for line in predictions]),
+        np.array([round(line["probability"], 4) for line in predictions]),
+        rows[fingerprint],
+    )
+
+
+def _epoch_means(metrics: list[dict[str, Any]]) -> list[float]:
+    losses: dict[int, list[float]] = {}
+    for line in metrics:
+        if "train/loss" in line:
+            losses.setdefault(int(np.ceil(line["epoch"])), []).append(float(line["train/loss"]))
+    return [statistics.fmean(losses[epoch]) for epoch in sorted(losses)]
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,216 @@
+"""Sweeps: every run of a grid, each as `python main.py` in a process of its own.
+
+What is finished is found by its config.json, not by the name of its folder. So a sweep can be stopped at any time,
+its file can grow, and the same command goes on: unfinished runs are resumed, failed ones tried again.
+"""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Iterator
+from concurrent.futures import as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from config import DEFAULT_DATASET, Interrupted, TrainConfig, UserError
+from grid import FLAGS, cell_names, command_words, identity, read_grid
+from pools import ForwardSignals, LocalPool, Pool, RayPool
+
+ROOT = Path(__file__).resolve().parent
+
+
+class SweepInterrupted(Interrupted):
+    """The user stopped a sweep. `exit_code` is 128 + the signal's number."""
+
+    def __init__(self, number: int, left: int, file: str) -> None:
+        Exception.__init__(self, f"stopped with {left} runs to go; the same command goes on (--sweep {file})")
+        self.exit_code = 128 + number
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep, and how far it is."""
+
+    name: str
+    config: TrainConfig
+    folder: Path | None  # where it was begun
+    finished: bool
+
+    @property
+    def state(self) -> str:
+        return "done" if self.finished else "unfinished" if self.folder else "to do"
+
+
+def sweep(config: TrainConfig) -> None:
+    """Run what the grid lists and is not finished yet; with --dry_run, list it.
+
+    Raises UserError if runs failed, SweepInterrupted after Ctrl-C or SIGTERM.
+    """
+    file, outputs = Path(config.runs[0]), Path(config.output_dir)
+    beside = {name: getattr(config, name) for name in config.given.split(",") if name in FLAGS}
+    for name in ("output_dir", "plots_dir", "dry_run", "workers", "ray", "export"):
+        beside.pop(name, None)
+    root = outputs / file.stem
+    cells = find_cells(read_grid(file, beside), root)
+    if config.dry_run:
+        print(listing(cells, outputs, config.workers))
+        return
+    todo = [cell for cell in cells if not cell.finished]
+    _say(f"{len(cells)} runs, {len(cells) - len(todo)} of them done already; folders in {root}, output in {root}/logs")
+    (root / "logs").mkdir(parents=True, exist_ok=True)
+    with _only_one(root) as lock:
+        pool = RayPool(config.ray, config.workers) if config.ray else LocalPool(config.workers, lock)
+        with pool, ForwardSignals(pool) as signals:
+            failed = _run_all(todo, root, outputs, pool, signals)
+    if signals.number:
+        left = sum(not cell.finished for cell in find_cells([cell.config for cell in cells], root))
+        raise SweepInterrupted(signals.number, left, str(file))
+    for name, reason in failed:
+        _say(f"failed: {name}: {reason}")
+    if failed:
+        raise UserError(f"{len(failed)} of {len(cells)} runs failed; the same command tries them again")
+    _say(f"all {len(cells)} runs are done; python main.py --report {root}")
+
+
+def find_cells(configs: list[TrainConfig], root: Path) -> list[Cell]:
+    """Each config with its run folder in `root`, if there is one: a finished one, else the newest."""
+    found: dict[tuple, Path] = {}
+    files = sorted(root.glob("*/config.json"), key=lambda path: (_finished(path.parent), path.stat().st_mtime))
+    for path in files:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            found[identity(json.loads(path.read_text(encoding="utf-8"))["config"])] = path.parent
+    cells = []
+    for name, config in zip(cell_names([asdict(config) for config in configs]), configs):
+        folder = found.get(identity(asdict(config)))
+        finished = folder is not None and _finished(folder)
+        if config.mode == "baseline" and not finished:
+            folder = None  # it has nothing to go on with
+        cells.append(Cell(f"{name} seed {config.seed}", config, folder, finished))
+    return cells
+
+
+def _finished(folder: Path) -> bool:
+    return (folder / "result.json").exists()
+
+
+def listing(cells: list[Cell], outputs: Path, workers: int) -> str:
+    """Markdown: each run with its state and the time its training takes, as far as older records tell."""
+    estimate = Estimate(outputs)
+    lines = ["| run | state | training time |", "|---|---|---|"]
+    for cell in cells:
+        seconds = estimate(cell.config)
+        lines.append(f"| {cell.name} | {cell.state} | {'unknown' if seconds is None else readable(seconds)} |")
+    counts = ", ".join(
+        f"{sum(cell.state == state for cell in cells)} {state}" for state in ("done", "unfinished", "to do")
+    )
+    return "\n".join([*lines, "", f"{len(cells)} runs: {counts}; {estimate.left(cells, workers)}"])
+
+
+class Estimate:
+    """How long a run trains: its rows by the rate of the newest finished run of the same kind, start and scoring aside.
+
+    The rates are those of whatever machine made the records.
+    """
+
+    def __init__(self, outputs: Path) -> None:
+        files = [*outputs.glob("*/result.json"), *outputs.glob("*/*/result.json")]
+        self.records: list[dict[str, Any]] = []
+        for path in sorted(files, key=lambda path: path.stat().st_mtime):
+            with contextlib.suppress(OSError, ValueError):
+                self.records.append(json.loads(path.read_text(encoding="utf-8")))
+
+    def __call__(self, config: TrainConfig) -> float | None:
+        """Seconds, or None if no record tells."""
+        wanted = (config.method, config.model, config.lora_layers)
+        kind, rows = [], config.limit
+        for record in self.records:
+            old = record["config"]
+            same_data = (old["dataset"] or DEFAULT_DATASET) == (config.dataset or DEFAULT_DATASET)
+            if same_data and old["limit"] is None:
+                rows = min(config.limit or math.inf, record["data"]["rows"]["train"])
+            if (record["method"], old["model"], old.get("lora_layers")) == wanted:
+                kind.append((same_data, record["samples_per_second"]))
+        if not kind or rows is None:
+            return None
+        rate = max(reversed(kind), key=lambda one: one[0])[1]  # the newest, of the same data if there is one
+        return rows * (1 if config.mode == "baseline" else config.epochs) / rate
+
+    def left(self, cells: list[Cell], workers: int) -> str:
+        """The training time of what is not finished, in words."""
+        seconds = [self(cell.config) for cell in cells if not cell.finished]
+        if not seconds:
+            return "nothing left to train"
+        known = [value for value in seconds if value is not None]
+        if len(known) < len(seconds):
+            unknown = f"unknown for {len(seconds) - len(known)} of {len(seconds)} runs"
+            return f"training time left {unknown}" + (f", {readable(sum(known) / workers)} for the rest" * bool(known))
+        return f"about {readable(sum(known) / workers)} of training left"
+
+
+def readable(seconds: float) -> str:
+    """45 s, 12 min, 3 h 05 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _run_all(
+    todo: list[Cell], root: Path, outputs: Path, pool: Pool, signals: "ForwardSignals"
+) -> list[tuple[str, str]]:
+    """Run the cells, say after each how far the sweep is. Returns (name, reason) of those that failed."""
+    futures, failed = {}, []
+    for cell in todo:
+        log = root / "logs" / f"{re.sub(r'[^A-Za-z0-9.=-]+', '-', cell.name)}.log"
+        words = ["--resume", str(cell.folder)] if cell.folder else command_words(cell.config)
+        words += [] if cell.folder else [f"--output_dir={root}"]
+        futures[pool.submit([str(ROOT / "main.py"), *words], log)] = (cell, log)
+    for done, future in enumerate(as_completed(futures), 1):
+        cell, log = futures[future]
+        if signals.number:
+            continue
+        error = future.exception()
+        (now,) = find_cells([cell.config], root)
+        if not now.finished:
+            reason = str(error) if error else f"exit code {future.result()}: {_last_line(log)} ({log})"
+            failed.append((cell.name, " ".join(reason.split())))
+        left = [futures[other][0] for other in futures if not other.done()]
+        result = "failed" if not now.finished else _one_line_result(now.folder)
+        _say(f"[{done}/{len(todo)}] {cell.name}: {result}; {Estimate(outputs).left(left, pool.at_once)}")
+    return failed
+
+
+def _one_line_result(folder: Path) -> str:
+    record = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    return f"validation accuracy {record['val']['accuracy']:.4f}, {readable(record['train_seconds'])} of training"
+
+
+def _last_line(log: Path) -> str:
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    except OSError:
+        return "no output"
+    return lines[-1] if lines else "no output"
+
+
+@contextlib.contextmanager
+def _only_one(root: Path) -> Iterator[int]:
+    """Holds `root`'s lock; yields its file descriptor. UserError where another sweep, or a run it left, has it."""
+    handle = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"--sweep: another sweep is at work in {root}") from error
+    else:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,128 @@
+"""The statistics on simulated runs, whose true answer is known."""
+
+import numpy as np
+import pytest
+
+import stats
+
+ROWS, DRAWS = 400, 500
+
+
+def simulate(rng, seeds: tuple[int, int], gain: float, seed_effect: float, noise: float = 0.5):
+    """(labels, [runs, n] of A, of B): rows are easy or hard for both; a run is a seed's luck on top.
+
+    A row is right where its easiness + the method's gain + the seed's effect + noise is above 0.
+    """
+    easy = rng.normal(1.0, 1.0, ROWS)
+    labels = rng.integers(0, 2, ROWS)
+
+    def runs(count, shift):
+        effects = shift + seed_effect * rng.standard_normal((count, 1))
+        right = easy + effects + noise * rng.standard_normal((count, ROWS)) > 0
+        return np.where(right, labels, 1 - labels)
+
+    return labels, runs(seeds[0], gain), runs(seeds[1], 0.0)
+
+
+def true_accuracy(shift, seed_effect, noise=0.5):
+    from scipy.stats import norm
+
+    return norm.cdf((1.0 + shift) / np.sqrt(1 + seed_effect**2 + noise**2))
+
+
+def compared(rng, seeds, gain, seed_effect, metric="accuracy"):
+    labels, a, b = simulate(rng, seeds, gain, seed_effect)
+    scores = stats.resample(labels, np.concatenate([a, b]), 2, DRAWS, int(rng.integers(2**31)))[metric]
+    split = [stats.Scores(scores.observed[part], scores.resampled[:, part]) for part in _parts(seeds)]
+    return stats.contrast([(1, split[0]), (-1, split[1])]), stats.estimate(split[0])
+
+
+def _parts(seeds):
+    return slice(0, seeds[0]), slice(seeds[0], sum(seeds))
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "precision"])
+@pytest.mark.parametrize(
+    ("seeds", "seed_effect"), [((1, 1), 0.0), ((5, 5), 0.0), ((5, 5), 0.1), ((3, 5), 0.1), ((3, 3), 0.2)]
+)
+def test_false_alarms_and_coverage(metric, seeds, seed_effect):
+    """600 repetitions: where the true rate is 5%, two standard errors are 1.8%. An effect of 0.1 is 2.5 points between
+    seeds, 0.2 is 5: more than is usual here. Then the intervals err on the safe side for a difference of two cells of
+    three seeds; for one such cell they cover a little less, since accuracy is skewed."""
+    rng = np.random.default_rng(0)
+    alarms, covered, cell_covered = [], [], []
+    truth = true_accuracy(0.0, seed_effect)  # of precision, too: the labels are fair coins, independent of the rest
+    for _ in range(600):
+        difference, cell = compared(rng, seeds, 0.0, seed_effect, metric)
+        alarms.append(difference.p < 0.05)
+        covered.append(difference.low <= 0 <= difference.high)
+        cell_covered.append(cell.low <= truth <= cell.high)
+    rates = [float(np.mean(some)) for some in (alarms, covered, cell_covered)]
+    print(metric, seeds, seed_effect, rates)
+    assert 0.02 <= rates[0] <= 0.068
+    assert 0.932 <= rates[1] <= 0.98
+    assert 0.92 <= rates[2] <= 0.98
+
+
+def test_without_the_seed_level_intervals_would_be_too_short():
+    """The reason for it: over rows alone, seeds that differ are taken for methods that differ."""
+    rng, alarms = np.random.default_rng(0), []
+    for _ in range(200):
+        labels, a, b = simulate(rng, (3, 3), 0.0, 0.3)
+        scores = stats.resample(labels, np.concatenate([a, b]), 2, DRAWS)["accuracy"]
+        draws = scores.resampled[:, :3].mean(axis=1) - scores.resampled[:, 3:].mean(axis=1)
+        low, high = np.percentile(draws, [2.5, 97.5])
+        alarms.append(not low <= 0 <= high)
+    assert np.mean(alarms) > 0.15
+
+
+@pytest.mark.parametrize(("seeds", "seed_effect"), [((1, 1), 0.0), ((5, 5), 0.05)])
+def test_the_detectable_difference_is_found_in_80_percent(seeds, seed_effect):
+    rng = np.random.default_rng(1)
+    guesses = [compared(rng, seeds, 0.0, seed_effect)[0].detectable for _ in range(40)]
+    wanted, base = float(np.mean(guesses)), true_accuracy(0.0, seed_effect)
+    gain = next(g for g in np.arange(0, 1, 0.002) if true_accuracy(g, seed_effect) - base >= wanted)
+    found = np.mean([compared(rng, seeds, gain, seed_effect)[0].p < 0.05 for _ in range(300)])
+    print(seeds, wanted, gain, found)
+    assert 0.73 <= found <= 0.9
+
+
+def test_mcnemar_over_seeds_and_holm():
+    rng, alarms = np.random.default_rng(2), []
+    for _ in range(400):
+        labels, a, b = simulate(rng, (5, 5), 0.0, 0.0)
+        alarms.append(stats.mcnemar_over_seeds(a == labels, b == labels)[0] < 0.05)
+    assert np.mean(alarms) <= 0.05  # valid, and cautious
+    right = np.array([[True] * 30 + [False] * 10])
+    wrong = np.array([[False] * 10 + [True] * 20 + [False] * 10])
+    p, each = stats.mcnemar_over_seeds(right, wrong)
+    assert p == each[0] == pytest.approx(2 * 0.5**10)  # ten rows differ, all one way: a fair coin's ten heads
+    assert stats.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert stats.holm([]) == []
+
+
+def test_resampled_metrics_are_those_of_scikit_learn():
+    from sklearn.metrics import accuracy_score, precision_score
+
+    rng = np.random.default_rng(3)
+    for classes in (2, 4):
+        labels, predicted = rng.integers(0, classes, 50), rng.integers(0, classes, (3, 50))
+        found = stats.resample(labels, predicted, classes, draws=20)
+        average = "binary" if classes == 2 else "macro"
+        for run in range(3):
+            assert found["accuracy"].observed[run] == pytest.approx(accuracy_score(labels, predicted[run]))
+            wanted = precision_score(labels, predicted[run], average=average)
+            assert found["precision"].observed[run] == pytest.approx(wanted)
+        rows = np.random.default_rng(0).integers(0, 50, (20, 50))[7]
+        wanted = precision_score(labels[rows], predicted[1][rows], average=average, zero_division=0)
+        assert found["precision"].resampled[7, 1] == pytest.approx(wanted)
+
+
+def test_a_contrast_with_itself_is_nothing():
+    rng = np.random.default_rng(4)
+    labels, a, _ = simulate(rng, (3, 1), 0.0, 0.1)
+    scores = stats.resample(labels, a, 2, DRAWS)["accuracy"]
+    one = stats.Scores(scores.observed[:1], scores.resampled[:, :1])
+    nothing = stats.contrast([(1, one), (-1, one)])
+    assert (nothing.value, nothing.low, nothing.high, nothing.p) == (0.0, 0.0, 0.0, 1.0)
+    assert stats.contrast([(1, one), (-1, one)], paired=False).high > 0

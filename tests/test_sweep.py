@@ -1,0 +1,247 @@
+"""Grids and sweeps: what a file stands for, what is skipped, resumed and tried again, and how a sweep stops."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+
+import pytest
+from conftest import ROOT, command, read_json
+
+from config import TrainConfig, UserError, parse_args
+from grid import cell_names, command_words, identity, read_grid
+
+GRID = """
+seeds = [1, 2]
+[defaults]
+dataset = {data!r}
+model = {model!r}
+epochs = 1
+limit = 32
+[[cell]]
+method = "full"
+[[cell]]
+method = "lora"
+lora_r = 2
+lr = [1e-3, 5e-4]
+seeds = [1]
+"""
+
+
+def written(tmp_path, text: str):
+    path = tmp_path / "grid.toml"
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture
+def grid(tmp_path, tiny_model, tiny_data):
+    """The file of four tiny runs."""
+    return written(tmp_path, GRID.format(data=str(tiny_data / "rotten_tomatoes"), model=str(tiny_model)))
+
+
+def test_lists_are_expanded_seed_by_seed_in_the_order_of_the_file(grid):
+    found = [(run.method, run.lr, run.seed) for run in read_grid(grid, {})]
+    assert found == [("full", 2e-5, 1), ("full", 2e-5, 2), ("lora", 1e-3, 1), ("lora", 5e-4, 1)]
+
+
+def test_flags_beside_the_file_hold_for_every_cell(grid):
+    runs = read_grid(grid, {"epochs": 7, "seed": 9})
+    assert {(run.epochs, run.seed) for run in runs} == {(7, 9)}
+    assert len(runs) == 3  # the two seeds of the first cell are one now
+
+
+def test_command_words_parse_back_to_the_same_config(grid):
+    extreme = TrainConfig(comet=False, wandb=True, peft=True, lora_layers=1, lr=1e-7, project="-x y", limit=3)
+    for config in [*read_grid(grid, {}), TrainConfig(mode="baseline", dataset="sst2"), extreme]:
+        assert parse_args(command_words(config)) == config
+
+
+def test_identity_is_what_is_computed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one = asdict(TrainConfig(dataset_dir="data", output_dir="a", device="cpu"))
+    assert identity(one) == identity(asdict(TrainConfig(dataset_dir=str(tmp_path / "data"))))
+    assert identity(one) == identity(json.loads(json.dumps(one)))
+    assert identity(one) != identity({**one, "lr": 1e-5})
+    del one["on_nan"]  # a record from before the flag
+    assert identity(one) == identity({**one, "on_nan": "stop"})
+
+
+def test_names_tell_cells_apart():
+    configs = [
+        TrainConfig(lr=5e-4, peft=True, lora_layers=2),
+        TrainConfig(epochs=3),
+        TrainConfig(epochs=4),
+        TrainConfig(mode="baseline"),
+        TrainConfig(mode="baseline", limit=10),
+    ]
+    names = ["LoRA r16 a32 last 2 5e-4", "full 2e-5 epochs 3", "full 2e-5 epochs 4", "baseline", "baseline limit 10"]
+    assert cell_names([asdict(config) for config in configs]) == names
+
+
+BAD = [
+    ("seeds = [1]\n[[cel]]\nlr = 1", "cel: expected one of cell, defaults, seeds"),
+    ("seeds = [1]", "cell: expected at least one"),
+    ("seeds = [1]\ncell = 3", "cell: expected at least one"),
+    ("defaults = 3\nseeds = [1]\n[[cell]]", "defaults: expected a"),
+    ("[[cell]]\nlr = 1e-3", "cell 1: seeds: expected a list"),
+    ("seeds = 1\n[[cell]]", "cell 1: seeds: expected a list"),
+    ("seeds = [1.5]\n[[cell]]", "cell 1: seeds: expected a whole number, found 1.5"),
+    ("seeds = [1]\n[[cell]]\n[[cell]]\nrate = 3", "cell 2: rate: expected one of"),
+    ("seeds = [1]\n[[cell]]\nlr = 'high'", "cell 1: lr: expected a number, found 'high'"),
+    ("seeds = [1]\n[[cell]]\nlr = [1e-3, true]", "cell 1: lr: expected a number, found True"),
+    ("seeds = [1]\n[[cell]]\nlr = []", "cell 1: lr: expected a value or a list"),
+    ("seeds = [1]\n[[cell]]\nlr = -1.0", "cell 1: --lr: expected a number above 0"),
+    ("seeds = [1]\n[[cell]]\nepochs = 1.5", "cell 1: epochs: expected a whole number, found 1.5"),
+    ("seeds = [1]\n[[cell]]\nplain = 'yes'", "cell 1: plain: expected true or false, found 'yes'"),
+    ("seeds = [1]\n[[cell]]\nprecision = 'fp8'", "cell 1: precision: expected one of auto, fp32, bf16, found 'fp8'"),
+    ("seeds = [1]\n[[cell]]\nmethod = 'adapter'", "cell 1: method: expected one of full, lora, baseline"),
+    ("seeds = [1]\n[[cell]]\nlora_layers = 1", "cell 1: --lora_layers goes with --peft"),
+    ("seeds = [1]\n[[cell]]\nseed = 3", "cell 1: seed: expected one of"),
+    ("seeds = [1\n", "expected a TOML file"),
+]
+
+
+@pytest.mark.parametrize(("text", "says"), BAD)
+def test_a_wrong_file_is_one_line_that_names_file_cell_key_found_and_expected(cli, tmp_path, text, says):
+    path = written(tmp_path, text)
+    with pytest.raises(UserError) as error:
+        read_grid(path, {})
+    assert str(path) in str(error.value) and says in str(error.value)
+    code, _, err = cli("--sweep", str(path), dataset=None)
+    assert code == 2 and err.startswith("error: ") and len(err.splitlines()) == 1
+    assert not cli.runs.exists()
+
+
+def test_grids_of_the_studies_are_valid():
+    for path in sorted((ROOT / "experiments").glob("*.toml")):
+        assert read_grid(path, {})
+
+
+def finished(root) -> dict:
+    return {path.parent.name: read_json(path)["test"] for path in root.glob("*/result.json")}
+
+
+def test_a_sweep_runs_skips_resumes_and_tries_again(grid, tmp_path):
+    words = ("--sweep", str(grid), "--output_dir", str(tmp_path / "runs"), "--device", "cpu")
+    listed = command(*words, "--dry_run")
+    assert listed.returncode == 0, listed.stderr
+    assert listed.stdout.count("| to do | unknown |") == 4 and not (tmp_path / "runs").exists()
+    done = command(*words, "--workers", "2")
+    assert done.returncode == 0, done.stderr
+    root = tmp_path / "runs" / "grid"
+    first = finished(root)
+    assert len(first) == 4 and "[4/4]" in done.stderr and "nothing left to train" in done.stderr
+    threads = {read_json(path)["device"] for path in root.glob("*/config.json")}
+    assert all(device.endswith(f"({max(1, os.cpu_count() // 2)} threads)") for device in threads)
+
+    killed, kept, broken, _ = sorted(path.parent for path in root.glob("*/config.json"))
+    (killed / "result.json").unlink()
+    (broken / "result.json").unlink()
+    changed = read_json(broken / "config.json") | {"model": {"fingerprint": "another"}}  # it cannot be resumed
+    (broken / "config.json").write_text(json.dumps(changed))
+    kept.rename(root / "renamed by its user")
+    listed = command(*words, "--dry_run").stdout
+    assert [listed.count(f"| {state} |") for state in ("done", "unfinished", "to do")] == [2, 2, 0]
+    assert "unknown" not in listed
+    again = command(*words)
+    assert again.returncode == 2 and "Traceback" not in again.stderr
+    assert again.stderr.splitlines()[-1].startswith("error: 1 of 4 runs failed")
+    assert "its model was" in again.stderr
+    (broken / "config.json").unlink()  # now nothing is left of it but a folder
+    last = command(*words)
+    assert last.returncode == 0 and "[1/1]" in last.stderr
+    assert sorted(map(str, finished(root).values())) == sorted(map(str, first.values()))
+
+
+def test_the_estimate_is_rows_by_the_newest_rate_of_the_same_kind(tmp_path):
+    from sweep import Estimate, readable
+
+    def record(name, when, method, dataset, rate, **more):
+        config = {"model": None, "dataset": dataset, "limit": None, "lora_layers": None} | more
+        content = {"method": method, "config": config, "samples_per_second": rate, "data": {"rows": {"train": 8000}}}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(json.dumps(content))
+        os.utime(tmp_path / name / "result.json", (when, when))
+
+    record("old", 1, "full", None, 50.0)
+    record("new", 2, "full", "rotten_tomatoes", 100.0)
+    record("other data", 3, "full", "sst2", 400.0, limit=10)
+    record("last layer", 4, "lora", None, 900.0, lora_layers=1)
+    seconds = Estimate(tmp_path)
+    assert seconds(TrainConfig(epochs=2)) == 2 * 8000 / 100
+    assert seconds(TrainConfig(epochs=2, limit=500)) == 2 * 500 / 100
+    assert seconds(TrainConfig(dataset="sst2")) is None  # a rate, but nothing tells the rows
+    assert seconds(TrainConfig(dataset="sst2", limit=600)) == 3 * 600 / 400
+    assert seconds(TrainConfig(peft=True)) is None
+    assert seconds(TrainConfig(peft=True, lora_layers=1)) == 3 * 8000 / 900
+    assert [readable(s) for s in (4, 89, 600, 11100)] == ["4 s", "89 s", "10 min", "3 h 05 min"]
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "where"),
+    [(signal.SIGINT, 130, ()), (signal.SIGTERM, 143, ()), (signal.SIGTERM, 143, ("--ray",))],
+)
+def test_a_signal_goes_to_the_runs_and_the_same_command_goes_on(grid, tmp_path, number, code, where):
+    if where:
+        pytest.importorskip("ray")
+    text = grid.read_text().replace("epochs = 1", "epochs = 400").replace("[1, 2]", "[1]")
+    grid.write_text(text[: text.rindex("[[cell]]")])
+    words = ("--sweep", str(grid), "--output_dir", str(tmp_path / "runs"), "--device", "cpu")
+    program = [sys.executable, str(ROOT / "main.py"), *words, *where]
+    child = subprocess.Popen(program, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    root = tmp_path / "runs" / "grid"
+    while not any(path.stat().st_size for path in root.glob("*/metrics.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    child.send_signal(number)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == code, err
+    assert "1 runs to go; the same command goes on" in err
+    (config,) = root.glob("*/config.json")
+    assert list(config.parent.glob("checkpoints/step-*/manifest.json"))
+    assert command(*words).returncode == 0
+    assert re.search(r"resuming at step [1-9]", next((root / "logs").iterdir()).read_text())
+
+
+def test_two_sweeps_in_one_folder_are_refused(grid, tmp_path):
+    from sweep import _only_one
+
+    root = tmp_path / "runs" / "grid"
+    root.mkdir(parents=True)
+    with _only_one(root):
+        done = command("--sweep", str(grid), "--output_dir", str(tmp_path / "runs"))
+    assert done.returncode == 2 and "another sweep is at work" in done.stderr
+
+
+def test_a_ray_cluster_of_two_workers_runs_a_sweep(grid, tmp_path):
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        for _ in range(2):
+            cluster.add_node(num_cpus=1)
+        words = ("--sweep", str(grid), "--output_dir", str(tmp_path / "runs"), "--device", "cpu")
+        done = command(*words, "--ray", cluster.address, timeout=200)
+        assert done.returncode == 0, done.stderr
+        root = tmp_path / "runs" / "grid"
+        by_ray = finished(root)
+        assert len(by_ray) == 4
+        times = [(read_json(path)["train_seconds"], path.stat().st_mtime) for path in root.glob("*/result.json")]
+        assert len(times) == 4
+    finally:
+        cluster.shutdown()
+    words = ("--sweep", str(grid), "--output_dir", str(tmp_path / "local"), "--device", "cpu")
+    assert command(*words).returncode == 0
+    assert finished(tmp_path / "local" / "grid") == by_ray  # the same runs, wherever they ran
+
+
+def test_without_ray_it_says_how_to_install_it(grid, tmp_path):
+    (tmp_path / "ray.py").write_text("raise ImportError('no ray')")
+    done = command("--sweep", str(grid), "--ray", "--output_dir", str(tmp_path / "runs"), PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2 and "requirements-ray.txt" in done.stderr.splitlines()[-1]

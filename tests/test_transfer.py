@@ -1,0 +1,49 @@
+"""What two data sets share, and a run scored on the other's rows."""
+
+import subprocess
+import sys
+
+import pyarrow.parquet as pq
+from conftest import ROOT, command
+
+sys.path.insert(0, str(ROOT / "experiments"))
+import transfer
+
+
+def test_shared_rows_are_found_whatever_their_spelling():
+    trained = ["It 's a Charming , caf\u00e9-lit journey .", "of the year", "one two three four five six", "the end"]
+    tested = [
+        "it's a charming, cafe-lit journey",  # the same sentence
+        "we say: it's a charming cafe-lit journey, twice",  # holds it
+        "two three four five",  # is part of one
+        "it's the best film of the year",  # three words in common prove nothing
+        "the end",  # short, but the whole row
+        "something else",
+    ]
+    found = transfer.shared_rows(tested, trained)
+    assert found["whole"].tolist() == [True, False, False, False, True, False]
+    assert found["part"].tolist() == [True, True, False, False, False, False]
+    assert found["within"].tolist() == [True, False, True, False, False, False]
+
+
+def test_written_data_trains_on_one_and_tests_on_the_other(tiny_data, tiny_model, tmp_path):
+    script = [sys.executable, str(ROOT / "experiments" / "transfer.py"), "--dataset_dir", str(tiny_data)]
+    done = subprocess.run([*script, "--write", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 4 and "rows dropped" in done.stdout
+    tested = set(pq.read_table(tmp_path / "sst2_to_rotten_tomatoes" / "test.parquet")["text"].to_pylist())
+    assert tested == set(pq.read_table(tiny_data / "rotten_tomatoes" / "test.parquet")["text"].to_pylist())
+    trained = pq.read_table(tmp_path / "sst2_to_rotten_tomatoes" / "train.parquet")["text"].to_pylist()
+    assert trained and not any(some.any() for some in transfer.shared_rows(trained, sorted(tested)).values())
+
+
+def test_saved_models_are_scored_on_the_other_set(tiny_data, tiny_model, tmp_path):
+    words = ("--model", str(tiny_model), "--dataset_dir", str(tiny_data), "--output_dir", str(tmp_path))
+    for more in ((), ("--peft",)):
+        done = command("--finetune", *words, "--dataset", "rotten_tomatoes", "--epochs", "1", *more)
+        assert done.returncode == 0, done.stderr
+    script = [sys.executable, str(ROOT / "experiments" / "transfer.py"), "--dataset_dir", str(tiny_data)]
+    done = subprocess.run([*script, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| rotten_tomatoes-")]
+    assert len(rows) == 2 and all("| sst2 |" in row for row in rows)

@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from config import UserError
+from config import Interrupted, UserError
 
 KEEP = 2  # the newest, and one to fall back on
 SHORTEST_INTERVAL_S, COST_SHARE = 60.0, 0.01
-TENSORS, VALUES, MANIFEST = "tensors.safetensors", "values.json", "manifest.json"
+PART_BYTES = 64 * 2**20  # of tensors a file, one of which is in memory a second time while it is written
+VALUES, MANIFEST = "values.json", "manifest.json"
 
 
 class DamagedError(Exception):
@@ -32,18 +34,29 @@ class DamagedError(Exception):
 
 
 class GracefulStop:
-    """While it is open, Ctrl-C and SIGTERM are noted, for the loop to finish its step; a second one ends at once."""
+    """While it is open, Ctrl-C and SIGTERM are noted, for the loop to finish its step; a second one ends at once.
+
+    From `close_loop` on there is no step to finish: the first one ends at once, too.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir, self.number, self.in_loop = run_dir, 0, True
 
     def __enter__(self) -> "GracefulStop":
-        self.number = 0
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def _note(self, number: int, _: Any) -> None:
-        if self.number:
-            raise KeyboardInterrupt
+        if self.number or not self.in_loop:
+            raise Interrupted(number, self.run_dir, "at once")
         self.number = number
-        print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+        os.write(2, b"stopping after this step; once more to stop at once\n")  # print may be busy just now
+
+    def close_loop(self) -> None:
+        """Training is over. What came too late for its last step counts now."""
+        self.in_loop = False
+        if self.number:
+            raise Interrupted(self.number, self.run_dir, "behind the last step")
 
     def asked(self, accelerator: Accelerator) -> int:
         """The number of the signal that came to any process, or 0."""
@@ -99,16 +112,17 @@ def save(root: Path, step: int, state: dict[str, Any]) -> Path:
     for leftover in (*root.glob(".step-*.tmp"), folder):
         shutil.rmtree(leftover, ignore_errors=True)
     scratch.mkdir(parents=True)
-    save_file(tensors, scratch / TENSORS)
+    for number, part in enumerate(_parts(tensors)):
+        save_file(part, scratch / f"tensors-{number}.safetensors")
     (scratch / VALUES).write_text(json.dumps(values))
-    hashes = {name: _sha256(scratch / name) for name in (TENSORS, VALUES)}
+    hashes = {path.name: _sha256(path) for path in sorted(scratch.iterdir())}
     (scratch / MANIFEST).write_text(json.dumps(hashes, indent=2))
-    for name in (TENSORS, VALUES, MANIFEST):
-        _flush(scratch / name)
-    _flush(scratch)
+    for path in (*scratch.iterdir(), scratch):
+        flush(path)
     scratch.rename(folder)
-    _flush(root)
-    for old in _by_age(root)[KEEP:]:
+    flush(root)
+    whole = [path for path in _by_age(root) if _step(path) <= step]  # those of later steps were damaged
+    for old in {*_by_age(root)} - {*whole[:KEEP]}:
         shutil.rmtree(old)
     return folder
 
@@ -116,14 +130,20 @@ def save(root: Path, step: int, state: dict[str, Any]) -> Path:
 def load(folder: Path) -> dict[str, Any]:
     """The dict given to `save`, tensors on the CPU. Raises DamagedError where anything differs from the manifest."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        for name in (TENSORS, VALUES):
-            if _sha256(folder / name) != manifest[name]:
+        text = (folder / MANIFEST).read_text()
+        manifest = json.loads(text)
+        if text != json.dumps(manifest, indent=2):
+            raise DamagedError(f"{folder / MANIFEST} is not as it was written")
+        for name, expected in manifest.items():
+            if _sha256(folder / name) != expected:
                 raise DamagedError(f"{folder / name} is not as it was written")
         values = json.loads((folder / VALUES).read_text())
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        tensors: dict[str, torch.Tensor] = {}
+        for name in manifest:
+            tensors |= load_file(folder / name) if name != VALUES else {}
+        return _unpack(values, tensors)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise DamagedError(f"{folder}: {error}") from error
-    return _unpack(values, load_file(folder / TENSORS))
 
 
 def newest_whole(root: Path) -> dict[str, Any] | None:
@@ -145,7 +165,22 @@ def newest_whole(root: Path) -> dict[str, Any] | None:
 def _by_age(root: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
     found = [path for path in root.glob("step-*") if path.name[5:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name[5:])
+
+
+def _parts(tensors: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    """`tensors` in their order, as many at a time as are below PART_BYTES; one that is larger is alone."""
+    part: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if part and sum(other.nbytes for other in part.values()) + tensor.nbytes > PART_BYTES:
+            yield part
+            part = {}
+        part[name] = tensor
+    yield part
 
 
 def _sha256(path: Path) -> str:
@@ -153,7 +188,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """To the disk: without it a power cut can leave a renamed but empty file."""
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -31,11 +31,11 @@ def one_line(message: str) -> str:
     return " ".join(message.splitlines())
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """The user stopped a run, which can go on later. `exit_code` is 128 + the signal's number."""
 
-    def __init__(self, number: int, run_dir: Path, step: int) -> None:
-        super().__init__(f"stopped at step {step}; to go on: python main.py --resume {run_dir}")
+    def __init__(self, number: int, run_dir: Path, where: str) -> None:
+        super().__init__(f"stopped {where}; to go on: python main.py --resume {run_dir}")
         self.exit_code = 128 + number
 
 
@@ -248,7 +248,10 @@ def _config_of(run: str, given: dict[str, Any]) -> TrainConfig:
     differ = [text for text in differ if not text.startswith("resume ")]
     if differ:
         raise UserError(f"--resume {run}: that run had another config: {'; '.join(differ)}")
-    return TrainConfig(**{**stored, "resume": run})
+    try:
+        return TrainConfig(**{**stored, "resume": run})
+    except (UserError, TypeError, AttributeError) as error:  # values that no run of this tool has written
+        raise UserError(f"--resume: {run}/config.json holds a wrong value: {error}") from error
 
 
 def _with_underscores(word: str) -> str:

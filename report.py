@@ -46,8 +46,10 @@ def read_run(folder: Path) -> Run:
     """Raises UserError where `folder` holds no finished run."""
     try:
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        if not isinstance(result, dict) or "test" not in result:
+            raise ValueError("result.json holds no test metrics")
         return Run(folder.name, result, _read_metrics(folder))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{folder}: expected a finished run: {error}") from error
 
 

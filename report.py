@@ -96,7 +96,10 @@ def report(config: TrainConfig) -> None:
         raise UserError(f"--report: no finished run in {config.output_dir}; make one with python main.py --finetune")
     found = [read_run(folder) for folder in folders]
     plots = Path(config.plots_dir)
-    plots.mkdir(parents=True, exist_ok=True)
+    try:
+        plots.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--plots_dir {plots}: cannot be written: {error.strerror}") from error
     with plt.rc_context(STYLE):
         for name, key, label in (
             ("loss", "val/loss", "validation loss (cross-entropy, nats)"),

@@ -34,13 +34,13 @@ class DamagedError(Exception):
 
 
 class GracefulStop:
-    """While it is open, Ctrl-C and SIGTERM are noted, for the loop to finish its step; a second one ends at once.
+    """Ctrl-C and SIGTERM between `open_loop` and `close_loop` are noted, for the loop to finish its step.
 
-    From `close_loop` on there is no step to finish: the first one ends at once, too.
+    A second one, or the first outside the loop, where there is no step to finish, ends the run at once.
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self.run_dir, self.number, self.in_loop = run_dir, 0, True
+        self.run_dir, self.number, self.in_loop = run_dir, 0, False
 
     def __enter__(self) -> "GracefulStop":
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -52,11 +52,14 @@ class GracefulStop:
         self.number = number
         os.write(2, b"stopping after this step; once more to stop at once\n")  # print may be busy just now
 
+    def open_loop(self) -> None:
+        self.in_loop = True
+
     def close_loop(self) -> None:
         """Training is over. What came too late for its last step counts now."""
         self.in_loop = False
         if self.number:
-            raise Interrupted(self.number, self.run_dir, "behind the last step")
+            raise Interrupted(self.number, self.run_dir, "after the last step")
 
     def asked(self, accelerator: Accelerator) -> int:
         """The number of the signal that came to any process, or 0."""

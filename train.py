@@ -102,6 +102,7 @@ def finetune(config: TrainConfig, source: models.ModelSource) -> Path:
 
         memory = runs.PeakMemory(job.accelerator.device)
         splits = cache_prefix(job, engine, record, progress)
+        stop.open_loop()
         train(
             engine,
             schedule,

@@ -348,6 +348,7 @@ def test_a_signal_behind_the_last_step_stops_at_once_and_the_run_goes_on_later(c
 
 def test_a_signal_between_the_last_step_and_its_end_is_not_lost(tmp_path):
     with checkpoint.GracefulStop(tmp_path) as stop:
+        stop.open_loop()
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Interrupted) as told:
             stop.close_loop()

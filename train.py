@@ -333,10 +333,7 @@ def finish(
     logger: Logger,
     record: dict[str, Any],
 ) -> None:
-    """Score validation and test with the best weights, and write what a finished run leaves: result.json last.
-
-    UserError if it cannot be written.
-    """
+    """Score validation and test with the best weights, and write what a finished run leaves: result.json last."""
     scores = {}
     for name, split in (("val", splits["validation"]), ("test", splits["test"])):
         probabilities = predict_probabilities(engine, split, job.accelerator)

@@ -47,8 +47,8 @@ def main() -> None:
         print(json.dumps(trial), flush=True)
         with results.open("a") as file:
             file.write(json.dumps(trial) + "\n")
-    lines = [json.loads(line) for line in results.read_text().splitlines()]
-    print(f"{sum(line['same'] for line in lines)} of {len(lines)} the same as the run never stopped")
+    killed = [line for line in map(json.loads, results.read_text().splitlines()) if line["killed"]]
+    print(f"{sum(line['same'] for line in killed)} of {len(killed)} that were killed are the run never stopped")
 
 
 def write_data(folder: Path) -> None:

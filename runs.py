@@ -27,6 +27,7 @@ import models
 from config import NEWEST, TrainConfig, UserError
 from data import TextData, TokenSplit, load_data, tokenize
 from metrics import METRICS
+from readers import brief
 from tracking import Logger, NullLogger, open_logger
 
 PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate", "scikit-learn", "tokenizers", "numpy")
@@ -169,7 +170,8 @@ def _take(lock: FileLock, run_dir: Path, record: dict[str, Any], metrics_bytes: 
     except (OSError, UserError) as error:
         if new:
             shutil.rmtree(run_dir, ignore_errors=True)
-        raise UserError(f"--output_dir: {run_dir} cannot be written: {error}") from error
+        named = "--output_dir" if new else "--resume"
+        raise UserError(f"{named} {run_dir}: cannot be written: {error}") from error
 
 
 def find_resumable(config: TrainConfig) -> TrainConfig | None:
@@ -205,8 +207,16 @@ def check_same(record: dict[str, Any], run_dir: Path) -> None:
     """A run is continued on the model, the data and the number of processes that it began with, or not at all."""
     stored = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
     for key in ("model", "data", "max_length", "precision", "processes", "engine"):
-        if record[key] != stored.get(key):
-            raise UserError(f"--resume {run_dir}: its {key} was {stored.get(key)}, now it is {record[key]}")
+        if found := _difference(key, stored.get(key), record[key]):
+            raise UserError(f"--resume {run_dir}: its {found}")
+
+
+def _difference(name: str, was: Any, now: Any) -> str | None:
+    """The first difference in words, None where there is none."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        found = (_difference(f"{name} {key}", was.get(key), now.get(key)) for key in {**was, **now})
+        return next((text for text in found if text), None)
+    return None if was == now else f"{name} was {brief(was)}, now it is {brief(now)}"
 
 
 def create_run_dir(config: TrainConfig, dataset: str) -> Path:

@@ -253,11 +253,22 @@ RUN_FAULTS = {
     "config a list": (bytes_of("config.json", lambda data: b'{"config": []}'), ["config.json"]),
     "a field is missing": (bytes_of("config.json", lambda data: data.replace(b'"lr"', b'"rate"')), ["'lr'"]),
     "a field is a word": (bytes_of("config.json", lambda data: data.replace(b'"lr": 2e-05', b'"lr": "x"')), ["wrong"]),
-    "a field is null": (bytes_of("config.json", lambda data: data.replace(b'"epochs": 1', b'"epochs": null')), []),
+    "a field is null": (
+        bytes_of("config.json", lambda data: data.replace(b'"epochs": 1', b'"epochs": null')),
+        ["epochs"],
+    ),
+    "a field is a fraction": (bytes_of("config.json", lambda d: d.replace(b'"seed": 42', b'"seed": 4.2')), ["seed"]),
+    "a field is a number": (bytes_of("config.json", lambda d: d.replace(b'"peft": false', b'"peft": 1')), ["peft"]),
     "a field is out of range": (bytes_of("config.json", lambda d: d.replace(b'"epochs": 1', b'"epochs": 0')), ["0"]),
     "a baseline's": (bytes_of("config.json", lambda d: d.replace(b'"mode": "finetune"', b'"mode": "baseline"')), []),
-    "other data": (bytes_of("config.json", lambda d: d.replace(b'"fingerprints"', b'"prints"')), ["its data was"]),
-    "other model": (bytes_of("config.json", lambda d: d.replace(b'"name": "tiny"', b'"name": "x"')), ["its model was"]),
+    "other data": (
+        bytes_of("config.json", lambda d: d.replace(b'"fingerprints"', b'"prints"')),
+        ["its data ", "was", "now it is"],
+    ),
+    "other model": (
+        bytes_of("config.json", lambda d: d.replace(b'"name": "tiny"', b'"name": "x"')),
+        ["its model name was 'x', now it is 'tiny'"],
+    ),
     "metrics.jsonl a folder": (
         lambda run: ((run / "metrics.jsonl").unlink(), (run / "metrics.jsonl").mkdir()),
         ["metrics.jsonl"],

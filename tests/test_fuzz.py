@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from test_data import BASE, FORMATS, JSONL
 
@@ -91,8 +91,10 @@ def test_any_file_is_read_or_refused_in_one_line(ending):
             try:
                 found = load_data(str(file), None, None, 0)
             except UserError as error:
+                event("refused")
                 assert str(file) in str(error) and one_line(str(error)), error
             else:
+                event("read")
                 check_data(found)
 
         check()

@@ -13,6 +13,8 @@ from safetensors.numpy import load_file, save_file
 from test_config import WRONG
 from test_data import BASE, JSONL, REFUSED, written
 
+from main import main
+
 QUICK = ("--finetune", "--epochs", "1", "--limit", "32")
 
 
@@ -235,13 +237,20 @@ def test_output_folders(cli, tmp_path, where, mode):
 # ---------------------------------------------------------------- runs
 
 
+@pytest.fixture(scope="module")
+def finished(tiny_model, tiny_data, tmp_path_factory) -> Path:
+    words = ("--model", str(tiny_model), "--dataset", str(tiny_data / "rotten_tomatoes"))
+    folder = tmp_path_factory.mktemp("made")
+    assert main([*QUICK, *words, "--output_dir", str(folder)]) == 0
+    return next(folder.iterdir())
+
+
 @pytest.fixture
-def run(cli, tmp_path, tiny_model, tiny_data) -> Path:
+def run(finished, tmp_path) -> Path:
     """A folder as an unfinished run leaves it, outside the output folder."""
-    assert cli(*QUICK, "--output_dir", str(tmp_path / "made"))[0] == 0
-    (folder,) = (tmp_path / "made").iterdir()
-    (folder / "result.json").rename(folder / "result.away")
-    return folder
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "result.json").rename(tmp_path / "run" / "result.away")
+    return tmp_path / "run"
 
 
 RUN_FAULTS = {
@@ -277,11 +286,11 @@ RUN_FAULTS = {
 
 
 @pytest.mark.parametrize("fault", RUN_FAULTS)
-def test_runs_to_resume(cli, run, fault):
+def test_runs_to_resume(cli, run, finished, fault):
     change, expected = RUN_FAULTS[fault]
     change(run)
     before = sorted(path.name for path in run.iterdir())
-    words = ("--resume", str(run), "--output_dir", str(run.parent))
+    words = ("--resume", str(run), "--output_dir", str(finished.parent))
     refused(cli, *words, expected=("--resume", *expected), dataset=None)
     assert sorted(path.name for path in run.iterdir() if path.name != ".lock") == before
 
@@ -296,9 +305,9 @@ def test_resume_alone_without_a_run_of_this_config(cli):
     refused(cli, *QUICK, "--resume", expected=("--resume", "no unfinished run of this config"))
 
 
-def test_resume_names_the_fields_that_differ(cli, run):
+def test_resume_names_the_fields_that_differ(cli, run, finished):
     words = ("--resume", str(run), "--lr", "0.5", "--batch_size", "4")
-    words += ("--output_dir", str(run.parent))
+    words += ("--output_dir", str(finished.parent))
     refused(cli, *words, expected=("lr was 2e-05, given 0.5", "batch_size was 16, given 4"), dataset=None)
 
 

@@ -11,7 +11,6 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,7 @@ from config import Interrupted, UserError
 
 KEEP = 2  # the newest, and one to fall back on
 SHORTEST_INTERVAL_S, COST_SHARE = 60.0, 0.01
-PART_BYTES = 64 * 2**20  # of tensors a file, one of which is in memory a second time while it is written
-VALUES, MANIFEST = "values.json", "manifest.json"
+TENSORS, VALUES, MANIFEST = "tensors.safetensors", "values.json", "manifest.json"
 
 
 class DamagedError(Exception):
@@ -115,10 +113,9 @@ def save(root: Path, step: int, state: dict[str, Any]) -> Path:
     for leftover in (*root.glob(".step-*.tmp"), folder):
         shutil.rmtree(leftover, ignore_errors=True)
     scratch.mkdir(parents=True)
-    for number, part in enumerate(_parts(tensors)):
-        save_file(part, scratch / f"tensors-{number}.safetensors")
+    save_file(tensors, scratch / TENSORS)
     (scratch / VALUES).write_text(json.dumps(values))
-    hashes = {path.name: _sha256(path) for path in sorted(scratch.iterdir())}
+    hashes = {name: _sha256(scratch / name) for name in (TENSORS, VALUES)}
     (scratch / MANIFEST).write_text(json.dumps(hashes, indent=2))
     for path in (*scratch.iterdir(), scratch):
         flush(path)
@@ -137,14 +134,11 @@ def load(folder: Path) -> dict[str, Any]:
         manifest = json.loads(text)
         if text != json.dumps(manifest, indent=2):
             raise DamagedError(f"{folder / MANIFEST} is not as it was written")
-        for name, expected in manifest.items():
-            if _sha256(folder / name) != expected:
+        for name in (TENSORS, VALUES):
+            if _sha256(folder / name) != manifest[name]:
                 raise DamagedError(f"{folder / name} is not as it was written")
         values = json.loads((folder / VALUES).read_text())
-        tensors: dict[str, torch.Tensor] = {}
-        for name in manifest:
-            tensors |= load_file(folder / name) if name != VALUES else {}
-        return _unpack(values, tensors)
+        return _unpack(values, load_file(folder / TENSORS))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise DamagedError(f"{folder}: {error}") from error
 
@@ -173,17 +167,6 @@ def _by_age(root: Path) -> list[Path]:
 
 def _step(folder: Path) -> int:
     return int(folder.name[5:])
-
-
-def _parts(tensors: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
-    """`tensors` in their order, as many at a time as are below PART_BYTES; one that is larger is alone."""
-    part: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors.items():
-        if part and sum(other.nbytes for other in part.values()) + tensor.nbytes > PART_BYTES:
-            yield part
-            part = {}
-        part[name] = tensor
-    yield part
 
 
 def _sha256(path: Path) -> str:

@@ -34,6 +34,7 @@ def run_baseline(config: TrainConfig, source: models.ModelSource) -> Path:
     """Embed, choose C on validation, score test once. Returns the run folder."""
     job = runs.prepare(config, source)
     record = runs.describe(job) | {"pooling": choose_pooling(job.tokenizer)}
+    runs.announce(job, record)
     memory, started = runs.PeakMemory(job.accelerator.device), time.perf_counter()
     features, labels = {}, {name: split.labels for name, split in job.splits.items()}
     for name in job.splits:

@@ -20,7 +20,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from config import UserError
+from config import Interrupted, UserError
 
 KEEP = 2  # the newest, and one to fall back on
 SHORTEST_INTERVAL_S, COST_SHARE = 60.0, 0.01
@@ -32,18 +32,32 @@ class DamagedError(Exception):
 
 
 class GracefulStop:
-    """While it is open, Ctrl-C and SIGTERM are noted, for the loop to finish its step; a second one ends at once."""
+    """Ctrl-C and SIGTERM between `open_loop` and `close_loop` are noted, for the loop to finish its step.
+
+    A second one, or the first outside the loop, where there is no step to finish, ends the run at once.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir, self.number, self.in_loop = run_dir, 0, False
 
     def __enter__(self) -> "GracefulStop":
-        self.number = 0
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def _note(self, number: int, _: Any) -> None:
-        if self.number:
-            raise KeyboardInterrupt
+        if self.number or not self.in_loop:
+            raise Interrupted(number, self.run_dir, "at once")
         self.number = number
-        print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+        os.write(2, b"stopping after this step; once more to stop at once\n")  # print may be busy just now
+
+    def open_loop(self) -> None:
+        self.in_loop = True
+
+    def close_loop(self) -> None:
+        """Training is over. What came too late for its last step counts now."""
+        self.in_loop = False
+        if self.number:
+            raise Interrupted(self.number, self.run_dir, "after the last step")
 
     def asked(self, accelerator: Accelerator) -> int:
         """The number of the signal that came to any process, or 0."""
@@ -103,12 +117,12 @@ def save(root: Path, step: int, state: dict[str, Any]) -> Path:
     (scratch / VALUES).write_text(json.dumps(values))
     hashes = {name: _sha256(scratch / name) for name in (TENSORS, VALUES)}
     (scratch / MANIFEST).write_text(json.dumps(hashes, indent=2))
-    for name in (TENSORS, VALUES, MANIFEST):
-        _flush(scratch / name)
-    _flush(scratch)
+    for path in (*scratch.iterdir(), scratch):
+        flush(path)
     scratch.rename(folder)
-    _flush(root)
-    for old in _by_age(root)[KEEP:]:
+    flush(root)
+    whole = [path for path in _by_age(root) if _step(path) <= step]  # those of later steps were damaged
+    for old in {*_by_age(root)} - {*whole[:KEEP]}:
         shutil.rmtree(old)
     return folder
 
@@ -116,14 +130,17 @@ def save(root: Path, step: int, state: dict[str, Any]) -> Path:
 def load(folder: Path) -> dict[str, Any]:
     """The dict given to `save`, tensors on the CPU. Raises DamagedError where anything differs from the manifest."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        text = (folder / MANIFEST).read_text()
+        manifest = json.loads(text)
+        if text != json.dumps(manifest, indent=2):
+            raise DamagedError(f"{folder / MANIFEST} is not as it was written")
         for name in (TENSORS, VALUES):
             if _sha256(folder / name) != manifest[name]:
                 raise DamagedError(f"{folder / name} is not as it was written")
         values = json.loads((folder / VALUES).read_text())
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return _unpack(values, load_file(folder / TENSORS))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise DamagedError(f"{folder}: {error}") from error
-    return _unpack(values, load_file(folder / TENSORS))
 
 
 def newest_whole(root: Path) -> dict[str, Any] | None:
@@ -145,7 +162,11 @@ def newest_whole(root: Path) -> dict[str, Any] | None:
 def _by_age(root: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
     found = [path for path in root.glob("step-*") if path.name[5:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name[5:])
 
 
 def _sha256(path: Path) -> str:
@@ -153,7 +174,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """To the disk: without it a power cut can leave a renamed but empty file."""
     handle = os.open(path, os.O_RDONLY)
     try:

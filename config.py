@@ -9,7 +9,7 @@ import json
 import math
 import re
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,11 +33,11 @@ def one_line(message: str) -> str:
     return " ".join(message.splitlines())
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """The user stopped a run, which can go on later. `exit_code` is 128 + the signal's number."""
 
-    def __init__(self, number: int, run_dir: Path, step: int) -> None:
-        super().__init__(f"stopped at step {step}; to go on: python main.py --resume {run_dir}")
+    def __init__(self, number: int, run_dir: Path, where: str) -> None:
+        super().__init__(f"stopped {where}; to go on: python main.py --resume {run_dir}")
         self.exit_code = 128 + number
 
 
@@ -313,13 +313,30 @@ def _config_of(run: str, given: dict[str, Any]) -> TrainConfig:
     try:
         stored = json.loads(Path(run, "config.json").read_text(encoding="utf-8"))["config"]
         stored = {spec.name: stored[spec.name] for spec in fields(TrainConfig)} | {"runs": (), "texts": ()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        strange = [spec.name for spec in fields(TrainConfig) if spec.metadata and not _of_kind(spec, stored[spec.name])]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"--resume: expected a run folder with its config.json, got {run!r} ({error})") from error
+    if strange or stored["mode"] not in MODES:
+        raise UserError(f"--resume: {run}/config.json holds a wrong value under {(strange or ['mode'])[0]}")
     differ = [f"{key} was {stored[key]!r}, given {value!r}" for key, value in given.items() if stored[key] != value]
     differ = [text for text in differ if not text.startswith("resume ")]
     if differ:
         raise UserError(f"--resume {run}: that run had another config: {'; '.join(differ)}")
-    return TrainConfig(**{**stored, "resume": run})
+    try:
+        return TrainConfig(**{**stored, "resume": run})
+    except UserError as error:
+        raise UserError(f"--resume: {run}/config.json holds a wrong value: {error}") from error
+
+
+def _of_kind(spec: Field, value: Any) -> bool:
+    """Whether `value` is of the kind that the flag `spec` takes."""
+    options = spec.metadata["options"]
+    if value is None:
+        return spec.default is None
+    if options.get("switch"):
+        return isinstance(value, bool)
+    kind = options.get("type", str)
+    return isinstance(value, int | float if kind is float else kind) and not isinstance(value, bool)
 
 
 def _with_underscores(word: str) -> str:

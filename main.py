@@ -17,12 +17,12 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder that cannot be written
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return stop.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -39,7 +39,10 @@ def dispatch(config: TrainConfig) -> None:
     if config.mode == "sync":
         from tracking import sync
 
-        print("\n".join(sync(config.runs[0], wandb=config.wandb, comet=config.comet)))
+        lines = sync(config.runs[0], wandb=config.wandb, comet=config.comet)
+        print("".join(f"{line}\n" for line in lines if not line.startswith("warning: ")), end="")
+        if failed := [line.removeprefix("warning: ") for line in lines if line.startswith("warning: ")]:
+            raise UserError("; ".join(failed))
         return None
 
     import hub

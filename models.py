@@ -93,6 +93,9 @@ def load_tokenizer(source: ModelSource, max_length: int | None) -> tuple[Any, in
         raise UserError(f"--model {source.name}: expected a fast tokenizer with a padding token")
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes an empty one where files are missing
         raise UserError(f"--model {source.name}: expected its tokenizer files (tokenizer.json) beside the weights")
+    words = getattr(source.config, "vocab_size", None) or len(tokenizer)
+    if len(tokenizer) > words:
+        raise UserError(f"--model {source.name}: its tokenizer has {len(tokenizer)} words, its config.json {words}")
     limit = min(tokenizer.model_max_length, _positions(source.config))
     if max_length is not None and max_length > limit:
         raise UserError(f"--max_length: expected at most {limit}, the model's limit, got {max_length}")

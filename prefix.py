@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import packaged
+from config import UserError
 from data import TokenSplit, sorted_batches
 from progress import progress_bar
 
@@ -62,7 +63,11 @@ def with_prefix(
     for name, split in splits.items():
         path = folder / hashlib.sha256(f"{split.key}|{content}".encode()).hexdigest()[:32]
         if not path.exists() or path.stat().st_size != int(split.lengths.sum()) * width * dtype.itemsize:
-            _fill(path, split, prefix, width * dtype.itemsize, device, name)
+            try:
+                _fill(path, split, prefix, width * dtype.itemsize, device, name)
+            except OSError as error:
+                path.with_suffix(f".{os.getpid()}.tmp").unlink(missing_ok=True)
+                raise UserError(f"the frozen layers' output cannot be written to {folder}: {error.strerror}") from error
         found[name] = replace(split, hidden=HiddenStates(path, split.lengths, width, dtype))
     return found
 

@@ -7,9 +7,9 @@ import contextlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
@@ -20,15 +20,16 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
 from torch import nn
 
 import hub
 import kernels
 import models
-from config import NEWEST, Interrupted, TrainConfig, UserError
+from config import NEWEST, TrainConfig, UserError
 from data import TextData, TokenSplit, load_data
 from metrics import METRICS
-from readers import Columns
+from readers import Columns, brief
 from tokens import Cutter, tokenize
 from tracking import Logger, NullLogger, open_logger
 
@@ -51,13 +52,13 @@ class Job:
 
 
 def prepare(config: TrainConfig, source: models.ModelSource) -> Job:
-    """Load everything the run needs, and say what stands in for what. Nothing is written but caches."""
+    """Load everything the run needs. Nothing is written but caches, and nothing is said but what is wrong."""
+    _check_writable(config.output_dir)
     tokenizer, max_length = models.load_tokenizer(source, config.max_length)
     accelerator, precision = open_device(config.device, config.precision)
     with accelerator.main_process_first():
         columns = Columns(config.text_column, config.label_column)
         data = load_data(config.dataset, config.dataset_dir, config.limit, config.seed, columns)
-        _announce(source, data, accelerator, precision)
         splits, cut = tokenize(data, Cutter(tokenizer, max_length, config.truncation))
         for note in cut:
             accelerator.print(f"warning: {note}", file=sys.stderr, flush=True)
@@ -67,16 +68,30 @@ def prepare(config: TrainConfig, source: models.ModelSource) -> Job:
     return Job(config, accelerator, precision, source, tokenizer, max_length, data, splits, model)
 
 
-def _announce(source: models.ModelSource, data: TextData, accelerator: Accelerator, precision: str) -> None:
-    if not accelerator.is_main_process:
+def announce(job: Job, record: dict[str, Any]) -> None:
+    """Say what the run works on, once nothing can be wrong with it any more."""
+    if not job.accelerator.is_main_process:
         return
+    data = job.data
     if data.kind == "packaged":
         _say("*** These reviews are near the hub's rotten_tomatoes, not the same rows: do not compare across. ***")
     rows = " / ".join(f"{len(split):,}" for split in data.splits.values())
-    _say(f"model  {source.name}\ndata   {data.name}: {rows} rows (train / validation / test)")
-    _say(f"       classes: {', '.join(data.label_names)}\ndevice {accelerator.device}, {precision}")
+    _say(f"model  {job.source.name}\ndata   {data.name}: {rows} rows (train / validation / test)")
+    _say(f"       classes: {', '.join(data.label_names)}\ndevice {job.accelerator.device}, {job.precision}")
     for note in data.notes:
         _say(f"note: {note}")
+    if trained := record.get("trainable_parameters"):
+        total = record["total_parameters"]
+        _say(f"trains {trained:,} of {total:,} parameters ({trained / total:.1%})")
+
+
+def _check_writable(output_dir: str) -> None:
+    """UserError for a folder that cannot be made or written: now, not behind minutes of reading."""
+    wanted = Path(output_dir).absolute()
+    there = next(path for path in (wanted, *wanted.parents) if os.path.exists(path))  # noqa: PTH110 - never raises
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        fault = "is no folder" if not there.is_dir() else "cannot be written"
+        raise UserError(f"--output_dir {output_dir}: expected a folder that can be written, but {there} {fault}")
 
 
 def _say(line: str) -> None:
@@ -124,11 +139,8 @@ def open_run(job: Job, record: dict[str, Any], metrics_bytes: int = 0) -> Iterat
         run_dir = (broadcast_object_list(folder) if accelerator.num_processes > 1 else folder)[0]
     logger: Logger = NullLogger()
     if accelerator.is_main_process:
-        if not config.resume:
-            write_json(run_dir / "config.json", record)
-        elif (run_dir / "metrics.jsonl").exists():
-            size = (run_dir / "metrics.jsonl").stat().st_size
-            os.truncate(run_dir / "metrics.jsonl", min(size, metrics_bytes))
+        lock = FileLock(run_dir / ".lock", blocking=False)  # the system lets go of it when the process is killed
+        _take(lock, run_dir, record, metrics_bytes, new=not config.resume)
         logger = open_logger(
             run_dir,
             wandb=config.wandb,
@@ -142,11 +154,35 @@ def open_run(job: Job, record: dict[str, Any], metrics_bytes: int = 0) -> Iterat
     try:
         yield run_dir, logger
         status = "finished"
-    except (KeyboardInterrupt, Interrupted):
+    except KeyboardInterrupt:
         status = "interrupted"
         raise
     finally:
         logger.close(status)
+        if accelerator.is_main_process:
+            (run_dir / ".lock").unlink(missing_ok=True)
+            lock.release()
+
+
+def _take(lock: FileLock, run_dir: Path, record: dict[str, Any], metrics_bytes: int, new: bool) -> None:
+    """Make the folder this process's own: a new one gets its record, another is cut back to its checkpoint.
+
+    UserError where another process is still at work in it, or where it cannot be written.
+    """
+    try:
+        lock.acquire()
+        if new:
+            write_json(run_dir / "config.json", record)
+        elif (run_dir / "metrics.jsonl").exists():
+            size = (run_dir / "metrics.jsonl").stat().st_size
+            os.truncate(run_dir / "metrics.jsonl", min(size, metrics_bytes))
+    except Timeout:
+        raise UserError(f"--resume {run_dir}: another process is still at work on this run") from None
+    except (OSError, UserError) as error:
+        if new:
+            shutil.rmtree(run_dir, ignore_errors=True)
+        named = "--output_dir" if new else "--resume"
+        raise UserError(f"{named} {run_dir}: cannot be written: {error}") from error
 
 
 def find_resumable(config: TrainConfig) -> TrainConfig | None:
@@ -182,8 +218,16 @@ def check_same(record: dict[str, Any], run_dir: Path) -> None:
     """A run is continued on the model, the data and the number of processes that it began with, or not at all."""
     stored = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
     for key in ("model", "data", "max_length", "precision", "processes", "engine"):
-        if record[key] != stored.get(key):
-            raise UserError(f"--resume {run_dir}: its {key} was {stored.get(key)}, now it is {record[key]}")
+        if found := _difference(key, stored.get(key), record[key]):
+            raise UserError(f"--resume {run_dir}: its {found}")
+
+
+def _difference(name: str, was: Any, now: Any) -> str | None:
+    """The first difference in words, None where there is none."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        found = (_difference(f"{name} {key}", was.get(key), now.get(key)) for key in {**was, **now})
+        return next((text for text in found if text), None)
+    return None if was == now else f"{name} was {brief(was)}, now it is {brief(now)}"
 
 
 def create_run_dir(config: TrainConfig, dataset: str) -> Path:
@@ -212,14 +256,16 @@ def create_run_dir(config: TrainConfig, dataset: str) -> Path:
 
 def write_json(path: Path, content: Any) -> None:
     """Write beside `path`, flush to the disk, rename: a reader sees the old file or the whole new one."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    written = Path(file.name)
-    written.chmod(0o644)  # a temporary file is private, a record is not
-    written.replace(path)
+    scratch = path.with_name(f".{path.name}.tmp")
+    try:
+        with scratch.open("w", encoding="utf-8") as file:
+            json.dump(content, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    scratch.replace(path)
 
 
 def describe(job: Job) -> dict[str, Any]:

@@ -221,17 +221,19 @@ def _copy(spec: Spec, orders: queue.Queue[dict[str, Any]], say: Callable[[str], 
     """Open the tracker, copy metrics.jsonl to it until the order to close has come, and finish it.
 
     run_dir/TRACKER/state.json has the id and url of the online copy and, only once that was finished in order, how
-    many bytes of metrics.jsonl it holds. An offline copy leaves the state of an online one alone.
+    many lines of metrics.jsonl it holds. An offline copy leaves the state of an online one alone. A resumed run cuts
+    lines and writes them again, the same but for their times: what the copy holds of them is not sent twice.
     """
     metrics = Path(spec["run_dir"], "metrics.jsonl")
     state_path = Path(spec["run_dir"], spec["tracker"], "state.json")
     state_path.parent.mkdir(parents=True, exist_ok=True)
     state = read_json(state_path) if spec["resume"] else {}
-    if spec["sync"] and state.get("bytes") == metrics.stat().st_size:
+    if spec["sync"] and state.get("lines", -1) >= len(_read_rows(metrics, 0)[0]):
         say(f"nothing to do, {state['url']} is complete")
         return
-    if not state.get("online") or (spec["sync"] and "bytes" not in state):
-        state = {}  # offline, or nobody knows what it holds: make a new one
+    # Offline, or nobody knows what it holds: make a new one. (W&B itself drops what it has when training goes on.)
+    if not state.get("online") or ("lines" not in state and (spec["sync"] or spec["tracker"] == "comet")):
+        state = {}
     tracker = {"wandb": _Wandb, "comet": _Comet}[spec["tracker"]](spec, state.get("id"))
     say(tracker.news)
     now = {
@@ -243,18 +245,16 @@ def _copy(spec: Spec, orders: queue.Queue[dict[str, Any]], say: Callable[[str], 
     }
     if tracker.online or not state:
         _write_json(state_path, now)
-    offset = min(state.get("bytes", 0), spec["length"]) if tracker.online else 0
-    status, held = _follow(metrics, offset, orders, tracker)
+    status, held = _follow(metrics, state.get("lines", 0) if tracker.online else 0, orders, tracker)
     tracker.finish(status)
     if tracker.online:
-        _write_json(state_path, {**now, "bytes": held})
+        _write_json(state_path, {**now, "lines": held})
         say(f"complete at {tracker.url}" if spec["sync"] else f"finished {tracker.url}")
 
 
-def _follow(
-    metrics: Path, offset: int, orders: queue.Queue[dict[str, Any]], tracker: _Wandb | _Comet
-) -> tuple[str, int]:
-    """Copy `metrics` from byte `offset` on until the order to close. Returns its status and the last offset."""
+def _follow(metrics: Path, held: int, orders: queue.Queue[dict[str, Any]], tracker: _Wandb | _Comet) -> tuple[str, int]:
+    """Copy `metrics` behind its first `held` lines until the order to close. Returns its status and the lines held."""
+    offset = read = 0
     while True:
         try:
             order = orders.get(timeout=POLL_SECONDS)
@@ -263,11 +263,13 @@ def _follow(
         if "config" in order:
             tracker.config(order["config"])
         rows, offset = _read_rows(metrics, offset)  # after the order, so nothing logged before `close` is missed
-        # A resumed run can have steps twice, and W&B takes rising steps only.
-        for row in sorted(rows, key=lambda row: row["step"]):
+        new = rows[max(0, held - read) :]
+        read += len(rows)
+        # W&B takes rising steps only.
+        for row in sorted(new, key=lambda row: row["step"]):
             tracker.log(row)
         if "close" in order:
-            return order["close"], offset
+            return order["close"], max(held, read)
 
 
 def _read_orders(orders: queue.Queue[dict[str, Any]], limit: float) -> None:

@@ -40,7 +40,6 @@ class Spec(TypedDict):
     project: str
     run_name: str
     resume: bool  # continue the copy that run_dir/TRACKER/state.json names
-    length: int  # bytes of metrics.jsonl now; a resumed run may have cut lines that a copy already holds
     sync: bool  # online or not at all
     needs_key: bool  # record nothing where no API key is configured
     limit: float  # seconds it has, once told to close
@@ -83,11 +82,17 @@ class RunLogger:
 
     def log(self, values: Mapping[str, float], *, step: int, epoch: float) -> None:
         """See Logger. Not-a-number and infinity are written as the strings "NaN", "Infinity" and "-Infinity", which
-        keeps the line valid JSON and which `float` reads back. Raises ValueError for what is not one number."""
+        keeps the line valid JSON and which `float` reads back. Raises ValueError for what is not one number, and
+        UserError where the disk is full."""
         numbers = {key: _number(key, value) for key, value in values.items()}
         row = {"step": int(step), "epoch": _number("epoch", epoch), "time": time.time(), **numbers}
-        self._file.write(json.dumps({key: _json_number(value) for key, value in row.items()}, allow_nan=False) + "\n")
-        self._file.flush()
+        line = json.dumps({key: _json_number(value) for key, value in row.items()}, allow_nan=False)
+        try:
+            self._file.write(line + "\n")
+            self._file.flush()
+        except OSError as error:
+            what = f"{self._file.name}: the line of step {row['step']} cannot be written: {error.strerror}"
+            raise UserError(f"{what}; the run ends here, with its last checkpoint") from error
         # With a terminal the progress bar shows the training loss; a batch job's log wants it line by line.
         shown = ("val/", "test/") if sys.stderr.isatty() else ("val/", "test/", "train/")
         parts = [f"{key} {_readable(value)}" for key, value in numbers.items() if key.startswith(shown)]
@@ -105,7 +110,8 @@ class RunLogger:
             raise ValueError(f"status must be one of {', '.join(EXIT_CODES)}, not {status!r}")
         if self._file.closed:
             return
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a line that could not be written, which `log` has said
+            self._file.close()
         for tracker in self._trackers:
             tracker.send({"close": status})
         deadline = time.monotonic() + CLOSE_SECONDS
@@ -132,7 +138,6 @@ def open_logger(
         "project": project,
         "run_name": run_name,
         "resume": resume,
-        "length": path.stat().st_size if path.exists() else 0,
         "sync": False,
         "needs_key": comet is None,
         "limit": CLOSE_SECONDS,
@@ -156,7 +161,9 @@ def sync(run_dir: Path, *, wandb: bool = False, comet: bool | None = None) -> li
         states = {name: read_json(run_dir / name / "state.json") for name in TITLES}
     except (OSError, ValueError) as error:
         raise UserError(f"{run_dir}: a record cannot be read: {error}") from error
-    config = record.get("config", {})
+    config = record.get("config", {}) if isinstance(record, dict) else None
+    if not isinstance(config, dict) or not all(isinstance(state, dict) for state in states.values()):
+        raise UserError(f"{run_dir}: config.json or a tracker's state.json: expected a JSON object, found none")
     recorded = {name: bool(config.get(name) or states[name]) for name in TITLES}
     on = {"wandb": wandb or recorded["wandb"], "comet": recorded["comet"] if comet is None else comet}
     if not any(on.values()):
@@ -169,7 +176,6 @@ def sync(run_dir: Path, *, wandb: bool = False, comet: bool | None = None) -> li
             "project": states[name].get("project", config.get("project", TrainConfig.project)),
             "run_name": states[name].get("run_name", run_dir.name),
             "resume": True,
-            "length": (run_dir / "metrics.jsonl").stat().st_size,
             "sync": True,
             "needs_key": False,
             "limit": SYNC_SECONDS,

@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
 import models
 import runs
-from checkpoint import Checkpoints, GracefulStop, newest_whole
+from checkpoint import Checkpoints, GracefulStop, flush, newest_whole
 from config import Interrupted, TrainConfig, UserError
 from data import Batch, TokenSplit, epoch_steps, sorted_batches
 from engine import Engine, FastEngine, make_engine
@@ -45,6 +46,7 @@ class Progress:
     best_epoch: int = 0
     best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
     skipped_steps: int = 0
+    checkpoint_seconds: float = 0.0
     # Since the last log line. The losses are summed on the device and read only for the log.
     window_loss: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
     window_examples: int = 0
@@ -86,18 +88,22 @@ def finetune(config: TrainConfig, source: models.ModelSource) -> Path:
         runs.check_same(record, Path(config.resume))
         state = newest_whole(Path(config.resume) / "checkpoints")
     metrics_bytes = restore(state, engine, schedule, progress, job.accelerator) if state else 0
-    with runs.open_run(job, record, metrics_bytes) as (run_dir, logger), GracefulStop() as stop:
+    with runs.open_run(job, record, metrics_bytes) as (run_dir, logger), GracefulStop(run_dir) as stop:
+        runs.announce(job, record)
         checkpoints = Checkpoints(run_dir / "checkpoints", config.save_every, job.accelerator)
 
         def after_step() -> None:
-            asked = stop.asked(job.accelerator)
-            if asked or checkpoints.due(progress.global_step):
-                checkpoints.save(progress.global_step, snapshot(engine, schedule, progress, job.accelerator, run_dir))
+            step, asked = progress.global_step, stop.asked(job.accelerator)
+            if asked or checkpoints.due(step):
+                started = time.perf_counter()
+                checkpoints.save(step, snapshot(engine, schedule, progress, job.accelerator, run_dir))
+                progress.checkpoint_seconds += time.perf_counter() - started
             if asked:
-                raise Interrupted(asked, run_dir, progress.global_step)
+                raise Interrupted(asked, run_dir, f"at step {step}")
 
         memory = runs.PeakMemory(job.accelerator.device)
         splits = cache_prefix(job, engine, record, progress)
+        stop.open_loop()
         train(
             engine,
             schedule,
@@ -112,6 +118,7 @@ def finetune(config: TrainConfig, source: models.ModelSource) -> Path:
             class_weights=balanced_weights(job) if config.class_weights == "balanced" else None,
             after_step=after_step,
         )
+        stop.close_loop()
         record |= {
             "best_epoch": progress.best_epoch,
             "train_seconds": progress.train_seconds,
@@ -119,6 +126,7 @@ def finetune(config: TrainConfig, source: models.ModelSource) -> Path:
             "memory_before_training_bytes": memory.start,
             "peak_memory_bytes": memory.peak(),
             "skipped_steps": progress.skipped_steps,
+            "checkpoint_seconds": progress.checkpoint_seconds,
         }
         models.load_trained_state(engine.model, progress.best_weights)
         finish(job, engine, splits, run_dir, logger, record)
@@ -132,7 +140,6 @@ def set_up(job: runs.Job, record: dict[str, Any]) -> tuple[Engine, Loader, Lambd
     if config.peft:
         model = models.add_lora(model, config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_layers)
     trainable, total = models.count_parameters(model)
-    accelerator.print(f"trains {trainable:,} of {total:,} parameters ({trainable / total:.1%})", file=sys.stderr)
     engine = make_engine(
         model.to(accelerator.device),
         accelerator,
@@ -175,6 +182,9 @@ def snapshot(
     engine: Engine, schedule: LambdaLR, progress: Progress, accelerator: Accelerator, run_dir: Path
 ) -> dict[str, Any]:
     """All that a later process needs to go on as if nothing had happened."""
+    metrics = run_dir / "metrics.jsonl"
+    if accelerator.is_main_process:
+        flush(metrics)  # else a power cut could leave less of it than the checkpoint counts on
     random = {"cpu": torch.get_rng_state()}
     if accelerator.device.type == "cuda":
         random["cuda"] = torch.cuda.get_rng_state(accelerator.device)
@@ -184,7 +194,7 @@ def snapshot(
         "schedule": schedule.state_dict(),
         "progress": vars(progress),
         "random": gather_object([random]) if accelerator.num_processes > 1 else [random],  # one a process
-        "metrics_bytes": (run_dir / "metrics.jsonl").stat().st_size if accelerator.is_main_process else 0,
+        "metrics_bytes": metrics.stat().st_size if accelerator.is_main_process else 0,
     }
 
 
@@ -343,6 +353,9 @@ def finish(
     if job.accelerator.is_main_process:
         values = {f"test/{name}": value for name, value in scores["test"].items() if isinstance(value, float)}
         logger.log(values, step=record["steps"], epoch=job.config.epochs)
-        models.save_model(engine.model, job.tokenizer, run_dir / "model", runs.model_card(record, scores))
-        runs.write_outcome(job, run_dir, {**record, **scores}, probabilities)
+        try:
+            models.save_model(engine.model, job.tokenizer, run_dir / "model", runs.model_card(record, scores))
+            runs.write_outcome(job, run_dir, {**record, **scores}, probabilities)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"model and results cannot be written to {run_dir}: {error}") from error
     job.accelerator.wait_for_everyone()

@@ -1,18 +1,23 @@
 """A run that was stopped, anyhow and anywhere, ends as the one that was not."""
 
+import contextlib
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from conftest import ROOT, command, read_json, read_lines
+from filelock import FileLock
 
 import checkpoint
 import train
-from config import UserError
+from config import Interrupted, TrainConfig, UserError
 
 METHODS = {
     "full": ("--finetune", "--lr", "1e-2"),
@@ -33,6 +38,15 @@ def outcome(run) -> tuple:
     assert weights
     result = read_json(run / "result.json")
     return weights, lines, result["val"], result["test"], (run / "predictions.jsonl").read_text()
+
+
+def whole(cli, method: str = "full", *, made: dict = {}) -> tuple:  # noqa: B006 - kept for the tests that follow
+    """The outcome of the run that nothing stopped, made once for all tests of this file."""
+    if method not in made:
+        folder = cli.runs.with_name("whole")
+        assert cli(*COMMON, *METHODS[method], "--output_dir", str(folder))[0] == 0
+        made[method] = outcome(next(folder.iterdir()))
+    return made[method]
 
 
 class Killed(BaseException):
@@ -56,24 +70,20 @@ def run_killed_at(step: int, cli, monkeypatch, *words: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_killed_twice_and_resumed_it_is_the_same_run(cli, monkeypatch, method):
-    assert cli(*COMMON, *METHODS[method])[0] == 0
-    (whole,) = cli.runs.iterdir()
-    stopped = whole.with_name(whole.name + "-2")
-    for step, words in ((13, COMMON + METHODS[method]), (28, ("--resume", str(stopped)))):  # between checkpoints
-        run_killed_at(step, cli, monkeypatch, *words)
-        assert not (stopped / "result.json").exists()
+    run_killed_at(13, cli, monkeypatch, *COMMON, *METHODS[method])  # between checkpoints
+    (stopped,) = cli.runs.iterdir()
+    run_killed_at(28, cli, monkeypatch, "--resume", str(stopped))
+    assert not (stopped / "result.json").exists()
     assert cli("--resume", str(stopped))[0] == 0
-    assert outcome(stopped) == outcome(whole)
+    assert outcome(stopped) == whole(cli, method)
     assert not (stopped / "checkpoints").exists()
 
 
 def test_killed_before_the_first_checkpoint_it_starts_anew(cli, monkeypatch):
-    assert cli(*COMMON, *METHODS["full"])[0] == 0
-    (whole,) = cli.runs.iterdir()
-    stopped = whole.with_name(whole.name + "-2")
     run_killed_at(4, cli, monkeypatch, *COMMON, *METHODS["full"])
     assert cli(*COMMON, *METHODS["full"], "--resume")[0] == 0  # alone: the newest unfinished run of this config
-    assert outcome(stopped) == outcome(whole)
+    (run,) = cli.runs.iterdir()
+    assert outcome(run) == whole(cli)
 
 
 def test_a_finished_run_says_so(cli):
@@ -97,29 +107,52 @@ def test_another_config_is_refused_by_the_names_that_differ(cli, monkeypatch):
         assert code == 2 and "--resume" in err and len(err.strip().splitlines()) == 1
 
 
-def test_damaged_checkpoints_are_noticed_and_the_one_before_is_used(cli, monkeypatch, capsys):
-    assert cli(*COMMON, *METHODS["full"])[0] == 0
-    (whole,) = cli.runs.iterdir()
-    stopped = whole.with_name(whole.name + "-2")
+def damage(path, kind: str) -> None:
+    good = path.read_bytes()
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 0x10
+    bad = {"flipped": bytes(flipped), "cut": good[: len(good) // 2], "one byte short": good[:-1], "empty": b""}
+    path.unlink() if kind == "deleted" else path.write_bytes(bad[kind])
+
+
+DAMAGES = ("flipped", "cut", "one byte short", "empty", "deleted")
+
+
+def test_every_damage_to_every_file_of_a_checkpoint_is_noticed(cli, monkeypatch, capsys, tmp_path):
     run_killed_at(17, cli, monkeypatch, *COMMON, *METHODS["full"])
-    newest = stopped / "checkpoints" / "step-15"
-    assert (stopped / "checkpoints" / "step-10").is_dir()
-    for name in ("tensors.safetensors", "values.json", "manifest.json"):
-        good = (newest / name).read_bytes()
-        flipped = bytearray(good)
-        flipped[len(good) // 2] ^= 0x10
-        for bad in (good[:-1], good[: len(good) // 2], b"", bytes(flipped), None):
-            (newest / name).unlink()
-            if bad is not None:
-                (newest / name).write_bytes(bad)
-            capsys.readouterr()
-            assert checkpoint.newest_whole(stopped / "checkpoints")["progress"]["global_step"] == 10
-            assert "step-15" in capsys.readouterr().err
-            (newest / name).write_bytes(good)
-    (newest / "tensors.safetensors").write_bytes(b"")
-    code, _, err = cli("--resume", str(stopped))
-    assert code == 0 and "warning: damaged checkpoint" in err and "step-15" in err
-    assert outcome(stopped) == outcome(whole)
+    (run,) = cli.runs.iterdir()
+    names = sorted(path.name for path in (run / "checkpoints" / "step-15").iterdir())
+    assert names == ["manifest.json", "tensors.safetensors", "values.json"]
+    for number, (name, kind) in enumerate((name, kind) for name in names for kind in DAMAGES):
+        root = tmp_path / f"damaged-{number}"
+        shutil.copytree(run / "checkpoints", root)
+        damage(root / "step-15" / name, kind)
+        capsys.readouterr()
+        assert checkpoint.newest_whole(root)["progress"]["global_step"] == 10
+        assert "step-15" in capsys.readouterr().err
+
+
+def test_a_run_survives_a_damaged_checkpoint(cli, monkeypatch):
+    run_killed_at(17, cli, monkeypatch, *COMMON, *METHODS["full"])
+    (stopped,) = cli.runs.iterdir()
+    for name, kind in (("tensors.safetensors", "flipped"), ("values.json", "cut"), ("manifest.json", "deleted")):
+        run = stopped.with_name(kind)
+        shutil.copytree(stopped, run)
+        damage(run / "checkpoints" / "step-15" / name, kind)
+        code, _, err = cli("--resume", str(run))
+        assert code == 0 and "warning: damaged checkpoint" in err and "step-15" in err and "at step 10" in err
+        assert outcome(run) == whole(cli)
+
+
+def test_damaged_checkpoints_of_later_steps_do_not_outlive_a_whole_one(tmp_path):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, {"a": torch.ones(3)})
+    (tmp_path / "step-2" / "values.json").write_text("{}")
+    checkpoint.save(tmp_path, 3, {"a": torch.ones(3)})  # before it is known that step-2 is damaged
+    assert {path.name for path in tmp_path.iterdir()} == {"step-2", "step-3"}
+    (tmp_path / "step-3" / "values.json").write_text("{}")
+    checkpoint.save(tmp_path, 1, {"a": torch.ones(3)})  # a run that began anew
+    assert {path.name for path in tmp_path.iterdir()} == {"step-1"}
 
 
 def test_all_damaged_is_an_error_and_nothing_is_deleted(tmp_path):
@@ -147,22 +180,80 @@ def test_a_checkpoint_gives_back_what_it_was_given(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"step-5", "step-6"}
 
 
-def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(cli, monkeypatch):
-    save_file = checkpoint.save_file
+@contextlib.contextmanager
+def file_size_limit(most: int):
+    """No file of this process can grow beyond `most` bytes: the system's own answer to a write, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
-    def full(tensors, path) -> None:
-        if path.parent.name == ".step-10.tmp":
-            path.write_bytes(b"half")
-            raise OSError(28, "No space left on device")
-        save_file(tensors, path)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    code, _, err = cli(*COMMON, *METHODS["full"])
+def run_with_full_disk_from(step: int, most, cli, monkeypatch, *words: str) -> tuple[int, str, str]:
+    """The run, with no file growing beyond `most()` bytes from behind optimiser step `step` on."""
+    count = train.Progress.count
+    with contextlib.ExitStack() as limits, monkeypatch.context() as patch:
+
+        def counting(self, *facts) -> None:
+            count(self, *facts)
+            if self.global_step == step:
+                limits.enter_context(file_size_limit(most()))
+
+        patch.setattr(train.Progress, "count", counting)
+        return cli(*words)
+
+
+@pytest.mark.parametrize(("what", "step", "kept"), [("checkpoint", 8, 5), ("log line", 17, 15), ("model", 36, 35)])
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(cli, monkeypatch, what, step, kept):
+    run = cli.runs / "rotten_tomatoes-full-0.01-seed42"
+    log = run / "metrics.jsonl"
+    # less than a checkpoint; a line that is cut in the middle; less than a model, but room for the log
+    most = {"checkpoint": lambda: 10_000, "log line": lambda: log.stat().st_size + 20, "model": lambda: 10_000}[what]
+    code, _, err = run_with_full_disk_from(step, most, cli, monkeypatch, *COMMON, *METHODS["full"])
+    line = err.strip().splitlines()[-1]
+    named = {
+        "checkpoint": f"step 10 cannot be written to {run}",
+        "log line": f"{log}: the line of step 20",
+        "model": run,
+    }
+    assert code == 2 and line.startswith("error: ") and named.get(what, str(run)) in line and "Traceback" not in err
+    assert "File too large" in line
+    assert checkpoint.newest_whole(run / "checkpoints")["progress"]["global_step"] == kept
+    assert not (run / "result.json").exists()
+    assert cli("--resume", str(run))[0] == 0  # there is room again
+    assert outcome(run) == whole(cli)
+
+
+def test_a_disk_full_from_the_start_leaves_no_run_folder(cli):
+    with file_size_limit(100):
+        code, _, err = cli(*COMMON, *METHODS["full"])
+    assert code == 2 and len(err.strip().splitlines()) == 1 and "cannot be written" in err
+    assert not list(cli.runs.glob("*"))
+
+
+def test_a_run_that_is_still_going_on_is_not_resumed(cli, monkeypatch):
+    run_killed_at(7, cli, monkeypatch, *COMMON, *METHODS["full"])
     (run,) = cli.runs.iterdir()
-    assert code == 2 and "No space left" in err.strip().splitlines()[-1] and "Traceback" not in err
-    assert checkpoint.newest_whole(run / "checkpoints")["progress"]["global_step"] == 5
-    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    before = (run / "metrics.jsonl").read_bytes()
+    with FileLock(run / ".lock"):
+        code, _, err = cli("--resume", str(run))
+    assert code == 2 and "another process is still at work" in err.strip().splitlines()[-1]
+    assert (run / "metrics.jsonl").read_bytes() == before
     assert cli("--resume", str(run))[0] == 0
+    assert not (run / ".lock").exists()
+
+
+def test_runs_that_start_together_get_folders_of_their_own(tmp_path):
+    import runs
+
+    config = TrainConfig(output_dir=str(tmp_path))
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: runs.create_run_dir(config, "d"), range(40)))
+    assert len(set(made)) == 40 and set(made) == set(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("plain", [(), ("--plain",)])
@@ -211,3 +302,53 @@ def test_signals_to_the_real_process(tiny_model, tiny_data, tmp_path, number, co
     again = command("--resume", str(run), "--epochs", "40")
     assert again.returncode == 0, again.stderr
     assert f"resuming at step {step}" in again.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_stops_at_once(cli, monkeypatch, number, code):
+    """Both come within one step, so only a stop before its end has no checkpoint of it."""
+    count = train.Progress.count
+
+    def counting(self, *facts) -> None:
+        count(self, *facts)
+        if self.global_step == 17:
+            os.kill(os.getpid(), number), os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Progress, "count", counting)
+        stopped = cli(*COMMON, *METHODS["full"])
+    (run,) = cli.runs.iterdir()
+    assert stopped[0] == code
+    assert stopped[2].strip().splitlines()[-1] == f"stopped at once; to go on: python main.py --resume {run}"
+    assert checkpoint.newest_whole(run / "checkpoints")["progress"]["global_step"] == 15
+
+
+@pytest.mark.parametrize("when", ["while test is scored", "while the model is saved"])
+def test_a_signal_behind_the_last_step_stops_at_once_and_the_run_goes_on_later(cli, monkeypatch, when):
+    name, module = {
+        "while test is scored": ("score_with_intervals", train),
+        "while the model is saved": ("save_model", train.models),
+    }[when]
+    right = getattr(module, name)
+
+    def interrupted(*facts):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return right(*facts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, interrupted)
+        code, _, err = cli(*COMMON, *METHODS["full"])
+    (run,) = cli.runs.iterdir()
+    assert code == 143 and f"--resume {run}" in err.strip().splitlines()[-1]
+    assert not (run / "result.json").exists()
+    assert cli("--resume", str(run))[0] == 0
+    assert outcome(run) == whole(cli)
+
+
+def test_a_signal_between_the_last_step_and_its_end_is_not_lost(tmp_path):
+    with checkpoint.GracefulStop(tmp_path) as stop:
+        stop.open_loop()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Interrupted) as told:
+            stop.close_loop()
+    assert told.value.exit_code == 143

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import tracking
 
-WANDB_KEY, COMET_KEY = "wandbsecret" * 4, "cometsecret" * 3
+WANDB_KEY, COMET_KEY, HF_TOKEN = "wandbsecret" * 4, "cometsecret" * 3, "hf_" + "hubsecret" * 4
 # By step: train and validation in separate calls at one step, the last step among them.
 ROWS = [
     ({"train/loss": 0.7, "train/lr": 1e-5, "train/samples_per_second": 1234.5}, 1, 0.25),
@@ -206,7 +206,7 @@ def assert_no_secret(folder: Path) -> None:
             archive = zipfile.ZipFile(path)
             parts = [archive.read(name) for name in archive.namelist()]
         for data in parts:
-            assert b"wandbsecret" not in data and b"cometsecret" not in data, path
+            assert not [secret for secret in (b"wandbsecret", b"cometsecret", b"hubsecret") if secret in data], path
 
 
 def log_rows(logger: tracking.Logger, rows: list[Any] = ROWS) -> float:
@@ -351,7 +351,7 @@ def test_a_server_lost_on_the_way_is_one_warning_each(outcomes: dict[str, Outcom
     assert sorted(line.split(":")[1] for line in warnings) == [" Comet", " W&B"], warnings
     assert all("python main.py --sync" in line for line in warnings)
     for tracker in ("wandb", "comet"):  # not taken for whole
-        assert "bytes" not in json.loads((outcomes[name].run_dir / tracker / "state.json").read_text())
+        assert "lines" not in json.loads((outcomes[name].run_dir / tracker / "state.json").read_text())
 
 
 def test_a_tracker_that_hangs_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -499,6 +499,10 @@ def test_sync_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert (code, out) == (2, []) and err.count("\n") == 1, err
         assert err.startswith("error: ") and str(folder) in err and why in err
     (run_dir / "config.json").write_text(json.dumps({"config": {"wandb": True, "comet": None, "project": "mine"}}))
+    point_at(monkeypatch, None)
+    code, out, err = main(str(run_dir), "--comet")
+    assert (code, out, err.count("\n")) == (2, [], 1) and err.startswith("error: W&B: ") and "; Comet: " in err
+    point_at(monkeypatch, server)
     assert main(str(run_dir)) == (0, ["W&B: recording to", "W&B: complete at"], "")
     assert main(str(run_dir), "--comet") == (0, ["W&B: nothing to do", "Comet: recording to", "Comet: complete at"], "")
     assert_wandb(server.wandb_rows(), run_dir)
@@ -527,6 +531,63 @@ def test_the_upload_commands_that_were_printed_work(
     assert [upload.wait(timeout=40) for upload in uploads] == [0, 0]
     assert_wandb(server.wandb_rows(), run_dir)
     assert_comet(server.comet_rows(), run_dir)
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_no_secret_of_the_environment_reaches_a_file_or_the_screen(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, online: bool
+) -> None:
+    """A whole run of the command line with both trackers: its folder, the cache, and what it prints."""
+    point_at(monkeypatch, Server() if online else None)
+    monkeypatch.setenv("HF_TOKEN", HF_TOKEN)
+    monkeypatch.setenv("DISTILBERT_SENTIMENT_CACHE", str(tmp_path / "cache"))
+    where = ["--model", str(tiny_model), "--dataset", str(tiny_data / "rotten_tomatoes")]
+    where += ["--output_dir", str(tmp_path / "runs"), "--epochs", "1"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "main.py", "--finetune", "--wandb", *where], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "recording to" in done.stderr if online else done.stderr.count("recording offline") == 2
+    assert len(list(tmp_path.rglob("wandb/*run-*"))) == len(list(tmp_path.rglob("comet/state.json"))) == 1
+    assert_no_secret(tmp_path)
+    said = done.stdout + done.stderr
+    assert not [secret for secret in (WANDB_KEY, COMET_KEY, HF_TOKEN) if secret[3:] in said]
+
+
+def test_a_resumed_run_sends_no_line_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy of a killed run holds lines that the resumed one cuts and writes again; so does a copy with a part."""
+    for number, (kept, rows) in enumerate(((0, ROWS[:4]), (2, ROWS[2:3]), (3, ROWS[3:]))):
+        server = Server()
+        point_at(monkeypatch, server)
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)[:kept] if number else []
+        (tmp_path / "metrics.jsonl").write_text("".join(lines)) if number else None  # cut back to the checkpoint
+        logger = tracking.open_logger(tmp_path, wandb=True, project="p", run_name="r", resume=bool(number))
+        log_rows(logger, rows)
+        logger.close()
+        state = json.loads((tmp_path / "comet" / "state.json").read_text())
+        assert state["lines"] == (4, 4, 5)[number]
+        expected = (ROWS[:4], [], ROWS[4:])[number]
+        sent = [body for path, body in server.requests if path.endswith("/experiment/metric")]
+        names = [value["metricName"] for body in sent for value in json.loads(body)["values"]]
+        names = [name for name in names if name != "process duration"]
+        assert sorted(names) == sorted(name for values, _, _ in expected for name in values)
+
+
+def test_what_a_lost_comet_holds_is_not_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process was killed, so how much arrived is not known: the resumed run makes a new and whole copy."""
+    ids = []
+    for number, rows in enumerate((ROWS[:3], ROWS[3:])):
+        server = Server()
+        point_at(monkeypatch, server)
+        logger = tracking.open_logger(tmp_path, comet=True, project="p", run_name="r", resume=bool(number))
+        log_rows(logger, rows)
+        wait_until(lambda server=server: server.comet_rows())
+        if number == 0:
+            logger._trackers[0]._process.kill()
+        logger.close()
+        ids.append(json.loads((tmp_path / "comet" / "state.json").read_text())["id"])
+    assert ids[0] != ids[1]
+    assert_comet(server.comet_rows(), tmp_path)
 
 
 def test_scalars_of_numpy_and_torch_become_plain_numbers(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ class TrainConfig:
     lora_layers: int | None = flag(
         None,
         "model",
-        "adapt the last K layers only; those below are frozen and computed once (default: all)",
+        "adapt the last K layers only; those below run once (default: all)",
         type=int,
         metavar="K",
     )
@@ -319,7 +319,7 @@ def _config_of(run: str, given: dict[str, Any]) -> TrainConfig:
     if strange or stored["mode"] not in MODES:
         raise UserError(f"--resume: {run}/config.json holds a wrong value under {(strange or ['mode'])[0]}")
     differ = [f"{key} was {stored[key]!r}, given {value!r}" for key, value in given.items() if stored[key] != value]
-    differ = [text for text in differ if not text.startswith("resume ")]
+    differ = [text for text in differ if not text.startswith(("resume ", "plots_dir "))]  # say nothing of the run
     if differ:
         raise UserError(f"--resume {run}: that run had another config: {'; '.join(differ)}")
     try:

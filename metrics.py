@@ -73,6 +73,7 @@ def _from_confusion(matrices: np.ndarray) -> dict[str, np.ndarray]:
     """The metrics of many confusion matrices at once. matrices: [draws, true class, predicted class]."""
     hits = np.diagonal(matrices, axis1=1, axis2=2)  # [draws, classes]
     called, actual = matrices.sum(axis=1), matrices.sum(axis=2)
+    macro_f1 = (2 * hits / np.maximum(called + actual, 1)).mean(axis=1)
     if matrices.shape[1] == 2:
         hits, called, actual = hits[:, 1:], called[:, 1:], actual[:, 1:]
     precision, recall = hits / np.maximum(called, 1), hits / np.maximum(actual, 1)
@@ -83,4 +84,5 @@ def _from_confusion(matrices: np.ndarray) -> dict[str, np.ndarray]:
         "precision": precision.mean(axis=1),
         "recall": recall.mean(axis=1),
         "f1": f1.mean(axis=1),
+        "macro_f1": macro_f1,
     }

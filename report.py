@@ -10,7 +10,7 @@ import analysis
 import claims
 import plots
 import stats
-from config import DEFAULT_DATASET, TrainConfig
+from config import DEFAULT_DATASET, TrainConfig, UserError
 from records import Cell, export, group_cells, read_runs
 from render import Block, Gallery, html, markdown
 
@@ -22,7 +22,10 @@ def report(config: TrainConfig) -> None:
     small records too. Raises UserError where there is no finished run."""
     runs = read_runs([Path(run) for run in config.runs] or [Path(config.output_dir)])
     folder = Path(config.plots_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--plots_dir {folder}: cannot be written: {error.strerror}") from error
     if config.export:
         _say(f"wrote {len(export(runs, Path(config.export)))} records to {config.export}")
     groups, repeats = group_cells(runs)

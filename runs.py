@@ -211,7 +211,8 @@ def _stored_config(path: Path) -> dict[str, Any]:
 
 
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key not in ("resume", "runs", "output_dir", "plots_dir")}
+    aside = ("resume", "runs", "texts", "output_dir", "plots_dir")
+    return {key: value for key, value in config.items() if key not in aside}
 
 
 def check_same(record: dict[str, Any], run_dir: Path) -> None:

@@ -28,7 +28,7 @@ class SweepInterrupted(Interrupted):
     """The user stopped a sweep. `exit_code` is 128 + the signal's number."""
 
     def __init__(self, number: int, left: int, file: str) -> None:
-        Exception.__init__(self, f"stopped with {left} runs to go; the same command goes on (--sweep {file})")
+        KeyboardInterrupt.__init__(self, f"stopped with {left} runs to go; the same command goes on (--sweep {file})")
         self.exit_code = 128 + number
 
 

@@ -72,8 +72,8 @@ def score_run(run: Path, data) -> np.ndarray:
 
     import models
     import runs
-    from data import tokenize
     from engine import make_engine
+    from tokens import Cutter, tokenize
     from train import predict_probabilities
 
     record = json.loads((run / "result.json").read_text(encoding="utf-8"))
@@ -85,7 +85,8 @@ def score_run(run: Path, data) -> np.ndarray:
         model.to(accelerator.device), accelerator, precision=precision, lr=1e-5, weight_decay=0.0, max_grad_norm=0.0,
         plain=True,
     )  # fmt: skip
-    return predict_probabilities(engine, tokenize(data, tokenizer, record["max_length"])["test"], accelerator)
+    cutter = Cutter(tokenizer, record["max_length"], record["config"]["truncation"])
+    return predict_probabilities(engine, tokenize(data, cutter)[0]["test"], accelerator)
 
 
 def main() -> int:

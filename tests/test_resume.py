@@ -218,9 +218,9 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(cli, monkeypatch,
     named = {
         "checkpoint": f"step 10 cannot be written to {run}",
         "log line": f"{log}: the line of step 20",
-        "model": run,
+        "model": str(run),
     }
-    assert code == 2 and line.startswith("error: ") and named.get(what, str(run)) in line and "Traceback" not in err
+    assert code == 2 and line.startswith("error: ") and named[what] in line and "Traceback" not in err
     assert "File too large" in line
     assert checkpoint.newest_whole(run / "checkpoints")["progress"]["global_step"] == kept
     assert not (run / "result.json").exists()

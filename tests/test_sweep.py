@@ -151,7 +151,7 @@ def test_a_sweep_runs_skips_resumes_and_tries_again(grid, tmp_path):
     again = command(*words)
     assert again.returncode == 2 and "Traceback" not in again.stderr
     assert again.stderr.splitlines()[-1].startswith("error: 1 of 4 runs failed")
-    assert "its model was" in again.stderr
+    assert "its model" in again.stderr
     (broken / "config.json").unlink()  # now nothing is left of it but a folder
     last = command(*words)
     assert last.returncode == 0 and "[1/1]" in last.stderr
@@ -199,7 +199,7 @@ def test_a_signal_goes_to_the_runs_and_the_same_command_goes_on(grid, tmp_path, 
     while not any(path.stat().st_size for path in root.glob("*/metrics.jsonl")) and time.monotonic() < deadline:
         time.sleep(0.05)
     child.send_signal(number)
-    _, err = child.communicate(timeout=60)
+    _, err = child.communicate(timeout=150)
     assert child.returncode == code, err
     assert "1 runs to go; the same command goes on" in err
     (config,) = root.glob("*/config.json")

@@ -183,16 +183,14 @@ def test_the_estimate_is_rows_by_the_newest_rate_of_the_same_kind(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "where"),
-    [(signal.SIGINT, 130, ()), (signal.SIGTERM, 143, ()), (signal.SIGTERM, 143, ("--ray",))],
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143)],
 )
-def test_a_signal_goes_to_the_runs_and_the_same_command_goes_on(grid, tmp_path, number, code, where):
-    if where:
-        pytest.importorskip("ray")
+def test_a_signal_goes_to_the_runs_and_the_same_command_goes_on(grid, tmp_path, number, code):
     text = grid.read_text().replace("epochs = 1", "epochs = 400").replace("[1, 2]", "[1]")
     grid.write_text(text[: text.rindex("[[cell]]")])
     words = ("--sweep", str(grid), "--output_dir", str(tmp_path / "runs"), "--device", "cpu")
-    program = [sys.executable, str(ROOT / "main.py"), *words, *where]
+    program = [sys.executable, str(ROOT / "main.py"), *words]
     child = subprocess.Popen(program, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     root = tmp_path / "runs" / "grid"

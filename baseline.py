@@ -23,6 +23,7 @@ import packaged
 import runs
 from config import TrainConfig
 from data import Batch, TokenSplit, sorted_batches
+from device import PeakMemory
 from metrics import score_with_intervals
 from progress import progress_bar
 
@@ -35,10 +36,10 @@ def run_baseline(config: TrainConfig, source: models.ModelSource) -> Path:
     job = runs.prepare(config, source)
     record = runs.describe(job) | {"pooling": choose_pooling(job.tokenizer)}
     runs.announce(job, record)
-    memory, started = runs.PeakMemory(job.accelerator.device), time.perf_counter()
+    memory, started = PeakMemory(job.accelerator.device), time.perf_counter()
     features, labels = {}, {name: split.labels for name, split in job.splits.items()}
     for name in job.splits:
-        content = f"{job.splits[name].key}|{record['model']['fingerprint']}|{runs.arithmetic(job)}"
+        content = f"{job.splits[name].key}|{record['model']['fingerprint']}|{job.arithmetic}"
         content += "" if record["pooling"] == "cls" else "|mean"
         features[name] = cached_embeddings(job, name, content, record["pooling"])
     classifier, best_c = fit(features, labels, config.seed, config.class_weights)
@@ -68,7 +69,7 @@ def run_baseline(config: TrainConfig, source: models.ModelSource) -> Path:
             logger.log(floats, step=0, epoch=0)
         if not job.accelerator.is_main_process:
             return run_dir
-        models.save_model(job.model.base_model, job.tokenizer, run_dir / "model", runs.model_card(record, scores))
+        models.save_model(job.model.base_model, job.tokenizer, run_dir / "model", models.model_card(record, scores))
         save_file({"weight": weight, "bias": bias}, run_dir / "model" / "linear.safetensors")
         runs.write_outcome(job, run_dir, {**record, **scores}, probabilities["test"])
     return run_dir

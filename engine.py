@@ -3,15 +3,19 @@
 import math
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 import fast
-from data import Batch
+from data import Batch, TokenSplit, sorted_batches
 from models import encoder_blocks
 from optim import FastAdamW
+
+EVAL_BATCH_SIZE = 64
 
 
 class Engine(Protocol):
@@ -152,3 +156,22 @@ class PlainEngine:
 
     def settle(self) -> None:
         pass
+
+
+@torch.inference_mode()
+def predict_probabilities(engine: Engine, split: TokenSplit, accelerator: Accelerator) -> np.ndarray:
+    """[n, classes] float64, in the order of the rows. Each row is computed once, by one of the processes."""
+    engine.model.eval()
+    engine.settle()
+    parts = []
+    for number, indices in enumerate(sorted_batches(split.lengths, EVAL_BATCH_SIZE)):
+        if number % accelerator.num_processes == accelerator.process_index:
+            logits = engine.forward(split.batch(indices).to(accelerator.device))
+            parts.append((indices, logits.cpu().double().softmax(dim=-1).numpy()))
+    if accelerator.num_processes > 1:
+        parts = gather_object(parts)
+    rows = np.concatenate([indices for indices, _ in parts])
+    values = np.concatenate([probabilities for _, probabilities in parts])
+    ordered = np.empty_like(values)
+    ordered[rows] = values
+    return ordered

@@ -17,6 +17,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 import hub
 import packaged
 from config import DEFAULT_MODEL, UserError
+from metrics import METRICS
 
 HUB_IDS = {DEFAULT_MODEL: f"distilbert/{DEFAULT_MODEL}"}
 LONGEST = 512  # tokens, where the user sets no --max_length
@@ -260,3 +261,35 @@ def save_model(model: nn.Module, tokenizer: Any, folder: Path, card: str) -> Non
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def model_card(record: dict[str, Any], scores: dict[str, Any]) -> str:
+    """README.md of the saved model: base and its source, data, metrics with intervals, limits."""
+    model, data, test = record["model"], record["data"], scores["test"]
+    rows = [
+        f"| {name} | {test[name]:.4f} | {test[f'{name}_interval'][0]:.4f} to {test[f'{name}_interval'][1]:.4f} |"
+        for name in METRICS
+    ]
+    return "\n".join(
+        [
+            "---",
+            "library_name: " + ("peft" if record["method"] == "lora" else "transformers"),
+            "pipeline_tag: text-classification",
+            *([f"license: {model['license']}"] if model["license"] else []),
+            "---",
+            f"# {model['name']}, fine-tuned ({record['method']}) on {data['name']}",
+            "",
+            f"- Base: {model['name']} ({model['source']}). Its license holds for these weights too: "
+            f"{model['license'] or 'its card names none, so ask where it comes from'}.",
+            f"- Data: {data['name']} ({data['source']}), rows {data['rows']}; classes: {', '.join(data['labels'])}.",
+            f"- Best epoch, chosen by validation accuracy: {record['best_epoch']} of {record['config']['epochs']}.",
+            "",
+            f"| test ({test['rows']} rows) | value | 95% interval over rows |",
+            "|---|---|---|",
+            *rows,
+            "",
+            "One run with one seed: another seed gives another number. Short English reviews only; not checked for",
+            "bias, and not for decisions about people.",
+            "",
+        ]
+    )

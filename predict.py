@@ -24,8 +24,8 @@ import models
 from baseline import pooled_states
 from config import TrainConfig, UserError
 from data import Batch, TokenSplit, sorted_batches
+from device import open_device
 from progress import progress_bar
-from runs import open_device
 from streams import Answers, open_input, open_output
 from tokens import Cutter
 

@@ -24,11 +24,10 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 import hub
-import kernels
 import models
 from config import NEWEST, TrainConfig, UserError
 from data import TextData, TokenSplit, load_data
-from metrics import METRICS
+from device import arithmetic, device_name, open_device
 from readers import Columns, brief
 from tokens import Cutter, tokenize
 from tracking import Logger, NullLogger, open_logger
@@ -49,6 +48,11 @@ class Job:
     data: TextData
     splits: dict[str, TokenSplit]
     model: nn.Module
+
+    @property
+    def arithmetic(self) -> str:
+        """See device.arithmetic."""
+        return arithmetic(self.accelerator.device, self.precision)
 
 
 def prepare(config: TrainConfig, source: models.ModelSource) -> Job:
@@ -96,32 +100,6 @@ def _check_writable(output_dir: str) -> None:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def open_device(device: str, precision: str) -> tuple[Accelerator, str]:
-    """The accelerator for `--device`, and the precision `auto` means there. UserError if it is not there."""
-    cuda = torch.cuda.is_available()
-    kind = ("cuda" if cuda else "cpu") if device == "auto" else device.partition(":")[0]
-    there = {"cpu": 1, "cuda": torch.cuda.device_count() if cuda else 0, "mps": int(torch.mps.is_available())}
-    if int(device.partition(":")[2] or 0) >= there[kind]:
-        raise UserError(f"--device {device}: no such device; torch {torch.__version__} sees {there}")
-    if ":" in device or kind == "mps":
-        os.environ["ACCELERATE_TORCH_DEVICE"] = device
-    for sharded in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        if os.environ.get(f"ACCELERATE_USE_{sharded}", "false").lower() == "true":
-            reason = "every process holds the whole model, which fits; start it with accelerate's DDP or torchrun"
-            raise UserError(f"accelerate launch: {sharded} is not supported: {reason}")
-    accelerator = Accelerator(cpu=kind == "cpu", mixed_precision="no")  # the loop casts for itself
-    if precision == "auto":
-        precision = "bf16" if _native_bf16(kind) else "fp32"
-    return accelerator, precision
-
-
-def _native_bf16(kind: str) -> bool:
-    if kind == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    found = torch.cpu.get_capabilities() if kind == "cpu" else {}
-    return any(found.get(feature) for feature in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 @contextlib.contextmanager
@@ -336,38 +314,6 @@ def write_outcome(job: Job, run_dir: Path, result: dict[str, Any], probabilities
         hub.upload(run_dir / "model", job.config.push_to_hub)
 
 
-def model_card(record: dict[str, Any], scores: dict[str, Any]) -> str:
-    """README.md of the saved model: base and its source, data, metrics with intervals, limits."""
-    model, data, test = record["model"], record["data"], scores["test"]
-    rows = [
-        f"| {name} | {test[name]:.4f} | {test[f'{name}_interval'][0]:.4f} to {test[f'{name}_interval'][1]:.4f} |"
-        for name in METRICS
-    ]
-    return "\n".join(
-        [
-            "---",
-            "library_name: " + ("peft" if record["method"] == "lora" else "transformers"),
-            "pipeline_tag: text-classification",
-            *([f"license: {model['license']}"] if model["license"] else []),
-            "---",
-            f"# {model['name']}, fine-tuned ({record['method']}) on {data['name']}",
-            "",
-            f"- Base: {model['name']} ({model['source']}). Its license holds for these weights too: "
-            f"{model['license'] or 'its card names none, so ask where it comes from'}.",
-            f"- Data: {data['name']} ({data['source']}), rows {data['rows']}; classes: {', '.join(data['labels'])}.",
-            f"- Best epoch, chosen by validation accuracy: {record['best_epoch']} of {record['config']['epochs']}.",
-            "",
-            f"| test ({test['rows']} rows) | value | 95% interval over rows |",
-            "|---|---|---|",
-            *rows,
-            "",
-            "One run with one seed: another seed gives another number. Short English reviews only; not checked for",
-            "bias, and not for decisions about people.",
-            "",
-        ]
-    )
-
-
 def summary(result: dict[str, Any]) -> str:
     """The end of a run in a few lines, for a person."""
     lines = [f"{'':11}{'rows':>6}  {'loss':>6}  accuracy (95%)       precision  recall     f1  macro f1"]
@@ -379,52 +325,3 @@ def summary(result: dict[str, Any]) -> str:
             f"{got['precision']:11.4f}{got['recall']:9.4f}{got['f1']:9.4f}{got['macro_f1']:8.4f}"
         )
     return "\n".join(lines)
-
-
-def arithmetic(job: Job) -> str:
-    """What, beside weights and input, decides the last bits of a result: for the keys of caches."""
-    compiled = job.accelerator.device.type == "cpu" and kernels.library() is not None
-    return f"{job.precision}|{job.accelerator.device.type}|{torch.__version__}|{'compiled' if compiled else 'torch'}"
-
-
-def device_name(device: torch.device) -> str:
-    """cuda: the card's name; cpu: the processor's, as the system gives it, and the number of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
-    return f"{name} ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
-
-
-class PeakMemory:
-    """Peak memory of this process from when it was made: bytes allocated on a GPU, else resident in RAM."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        self.start = self._now()
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
-
-    def _now(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.memory_allocated(self.device)
-        return self._status("VmRSS") or 0
-
-    def peak(self) -> int:
-        """Bytes. Without /proc (macOS), the peak since the process began."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        if found := self._status("VmHWM"):
-            return found
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-    @staticmethod
-    def _status(key: str) -> int | None:
-        try:
-            lines = Path("/proc/self/status").read_text().splitlines()
-        except OSError:
-            return None
-        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":")), None)

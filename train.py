@@ -24,13 +24,13 @@ import models
 import runs
 from checkpoint import Checkpoints, GracefulStop, flush, newest_whole
 from config import Interrupted, TrainConfig, UserError
-from data import Batch, TokenSplit, epoch_steps, sorted_batches
-from engine import Engine, FastEngine, make_engine
+from data import Batch, TokenSplit, epoch_steps
+from device import PeakMemory
+from engine import Engine, FastEngine, make_engine, predict_probabilities
 from metrics import score, score_with_intervals
 from prefix import with_prefix
 from tracking import Logger
 
-EVAL_BATCH_SIZE = 64
 LOG_EVERY = 10  # optimiser steps
 
 Loader = Callable[[int], Iterator[list[np.ndarray]]]  # epoch -> the row numbers of each step, one array a pass
@@ -101,7 +101,7 @@ def finetune(config: TrainConfig, source: models.ModelSource) -> Path:
             if asked:
                 raise Interrupted(asked, run_dir, f"at step {step}")
 
-        memory = runs.PeakMemory(job.accelerator.device)
+        memory = PeakMemory(job.accelerator.device)
         splits = cache_prefix(job, engine, record, progress)
         stop.open_loop()
         train(
@@ -163,7 +163,7 @@ def cache_prefix(job: runs.Job, engine: Engine, record: dict[str, Any], progress
     if not isinstance(engine, FastEngine) or not engine.frozen_prefix:
         return job.splits
     started = time.perf_counter()
-    content = f"{record['model']['fingerprint']}|{engine.frozen_prefix}|{runs.arithmetic(job)}"
+    content = f"{record['model']['fingerprint']}|{engine.frozen_prefix}|{job.arithmetic}"
     with job.accelerator.main_process_first():
         splits = with_prefix(
             job.splits,
@@ -318,25 +318,6 @@ def validate(
         progress.best_weights = models.trained_state(engine.model)
 
 
-@torch.inference_mode()
-def predict_probabilities(engine: Engine, split: TokenSplit, accelerator: Accelerator) -> np.ndarray:
-    """[n, classes] float64, in the order of the rows. Each row is computed once, by one of the processes."""
-    engine.model.eval()
-    engine.settle()
-    parts = []
-    for number, indices in enumerate(sorted_batches(split.lengths, EVAL_BATCH_SIZE)):
-        if number % accelerator.num_processes == accelerator.process_index:
-            logits = engine.forward(split.batch(indices).to(accelerator.device))
-            parts.append((indices, logits.cpu().double().softmax(dim=-1).numpy()))
-    if accelerator.num_processes > 1:
-        parts = gather_object(parts)
-    rows = np.concatenate([indices for indices, _ in parts])
-    values = np.concatenate([probabilities for _, probabilities in parts])
-    ordered = np.empty_like(values)
-    ordered[rows] = values
-    return ordered
-
-
 def finish(
     job: runs.Job,
     engine: Engine,
@@ -354,7 +335,7 @@ def finish(
         values = {f"test/{name}": value for name, value in scores["test"].items() if isinstance(value, float)}
         logger.log(values, step=record["steps"], epoch=job.config.epochs)
         try:
-            models.save_model(engine.model, job.tokenizer, run_dir / "model", runs.model_card(record, scores))
+            models.save_model(engine.model, job.tokenizer, run_dir / "model", models.model_card(record, scores))
             runs.write_outcome(job, run_dir, {**record, **scores}, probabilities)
         except (OSError, SafetensorError) as error:
             raise UserError(f"model and results cannot be written to {run_dir}: {error}") from error

@@ -31,6 +31,7 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments
 
+import device
 import models
 import runs
 import train
@@ -77,7 +78,7 @@ def trainer(job: runs.Job, *, best: bool, lora: bool = False) -> Contestant:
 def _own_accelerator(config: TrainConfig) -> None:
     """TrainingArguments and Trainer replace accelerate's state, which every Accelerator shares: take it back."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    runs.open_device(config.device, config.precision)
+    device.open_device(config.device, config.precision)
 
 
 def ours(job: runs.Job, **flags: object) -> Contestant:
@@ -163,7 +164,7 @@ def report(job: runs.Job, args: argparse.Namespace, seconds: dict[str, list[floa
     peak = matmul_peak(job.accelerator.device)
     tokens = float(job.splits["train"].lengths.mean())
     lines = [
-        f"{runs.device_name(job.accelerator.device)}, {job.precision}, {job.source.name}, {job.data.name}, "
+        f"{device.device_name(job.accelerator.device)}, {job.precision}, {job.source.name}, {job.data.name}, "
         f"{args.rows} rows of {tokens:.1f} tokens, batch 16, medians of {args.rounds} interleaved rounds; "
         f"bf16 matrix products peak at {peak / 1e9:.0f} GFLOP/s.",
         "",
@@ -179,7 +180,7 @@ def report(job: runs.Job, args: argparse.Namespace, seconds: dict[str, list[floa
         share = f"{rate * tokens * flops_per_token(job.model) / peak:.0%}" if "LoRA" not in name else "-"
         lines.append(f"| {name} | {rate:.0f} ({low:.0f}-{high:.0f}) | {' | '.join(ratios)} | {share} |")
     print("\n".join(lines))
-    draw(rates, Path(__file__).parent / "throughput.png", runs.device_name(job.accelerator.device))
+    draw(rates, Path(__file__).parent / "throughput.png", device.device_name(job.accelerator.device))
 
 
 def draw(rates: dict[str, float], path: Path, device: str) -> None:

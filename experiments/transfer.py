@@ -71,15 +71,14 @@ def score_run(run: Path, data) -> np.ndarray:
     from transformers import AutoModelForSequenceClassification
 
     import models
-    import runs
-    from engine import make_engine
+    from device import open_device
+    from engine import make_engine, predict_probabilities
     from tokens import Cutter, tokenize
-    from train import predict_probabilities
 
     record = json.loads((run / "result.json").read_text(encoding="utf-8"))
     tokenizer, _ = models.load_tokenizer(models.find_model(str(run / "model")), None)
     model = AutoModelForSequenceClassification.from_pretrained(run / "model")  # with the adapter of a LoRA run
-    accelerator, precision = runs.open_device("auto", record["config"]["precision"])
+    accelerator, precision = open_device("auto", record["config"]["precision"])
     # Plain: the fast path is for models that this process made itself. No step is taken, so the rates do not matter.
     engine = make_engine(
         model.to(accelerator.device), accelerator, precision=precision, lr=1e-5, weight_decay=0.0, max_grad_norm=0.0,

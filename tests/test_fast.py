@@ -14,9 +14,20 @@ from transformers import (
     DistilBertForSequenceClassification,
 )
 
+import kernels
 from fast import FastClassifier, supports
 from linear import Draw
 from optim import FastAdamW, LazyTable
+
+
+@pytest.fixture(autouse=True, params=["compiled", "torch"])
+def layers(request, monkeypatch):
+    """Everything here holds for the compiled kernels and for PyTorch's operations in their place."""
+    if request.param == "torch":
+        monkeypatch.setattr(kernels, "library", lambda: None)
+    elif kernels.library() is None:
+        pytest.skip("no compiler")
+
 
 TARGETS = ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"]
 HEAD = ["pre_classifier", "classifier"]

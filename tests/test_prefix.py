@@ -43,9 +43,9 @@ def test_the_frozen_layers_have_no_dropout(cli):
     import torch
     from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
+    from device import open_device
     from engine import make_engine
     from models import add_lora, encoder_blocks
-    from runs import open_device
 
     config = DistilBertConfig(vocab_size=30, n_layers=3, dim=16, n_heads=2, hidden_dim=32)
     base = DistilBertForSequenceClassification(config)

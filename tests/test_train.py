@@ -111,9 +111,9 @@ def test_a_step_is_the_mean_over_its_examples(no_dropout, tiny_data, plain):
     """Passes of 4, 4 and 2 rows give the gradient of one pass over the 10: no average of averages."""
     import train
     from data import load_data
+    from device import open_device
     from engine import make_engine
     from models import find_model, load_classifier, load_tokenizer
-    from runs import open_device
     from tokens import Cutter, tokenize
     from tracking import NullLogger
 
@@ -150,9 +150,9 @@ def test_a_step_is_the_mean_over_its_examples(no_dropout, tiny_data, plain):
 
 @pytest.mark.parametrize("plain", [True, False])
 def test_decay_spares_every_one_dimensional_parameter(tiny_model, plain):
+    from device import open_device
     from engine import make_engine
     from models import find_model, load_classifier
-    from runs import open_device
 
     model = load_classifier(find_model(str(tiny_model)), ("a", "b"))
     settings = {"precision": "fp32", "lr": 1e-3, "weight_decay": 0.1, "max_grad_norm": 1.0}

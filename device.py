@@ -1,0 +1,88 @@
+"""The machine a run is on: its accelerator, its arithmetic, its name, and the memory the run takes of it."""
+
+import contextlib
+import os
+import platform
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+import kernels
+from config import UserError
+
+
+def open_device(device: str, precision: str) -> tuple[Accelerator, str]:
+    """The accelerator for `--device`, and the precision `auto` means there. UserError if it is not there."""
+    cuda = torch.cuda.is_available()
+    kind = ("cuda" if cuda else "cpu") if device == "auto" else device.partition(":")[0]
+    there = {"cpu": 1, "cuda": torch.cuda.device_count() if cuda else 0, "mps": int(torch.mps.is_available())}
+    if int(device.partition(":")[2] or 0) >= there[kind]:
+        raise UserError(f"--device {device}: no such device; torch {torch.__version__} sees {there}")
+    if ":" in device or kind == "mps":
+        os.environ["ACCELERATE_TORCH_DEVICE"] = device
+    for sharded in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{sharded}", "false").lower() == "true":
+            reason = "every process holds the whole model, which fits; start it with accelerate's DDP or torchrun"
+            raise UserError(f"accelerate launch: {sharded} is not supported: {reason}")
+    accelerator = Accelerator(cpu=kind == "cpu", mixed_precision="no")  # the loop casts for itself
+    if precision == "auto":
+        precision = "bf16" if _native_bf16(kind) else "fp32"
+    return accelerator, precision
+
+
+def _native_bf16(kind: str) -> bool:
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = torch.cpu.get_capabilities() if kind == "cpu" else {}
+    return any(found.get(feature) for feature in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def arithmetic(device: torch.device, precision: str) -> str:
+    """What, beside weights and input, decides the last bits of a result: for the keys of caches."""
+    compiled = device.type == "cpu" and kernels.library() is not None
+    return f"{precision}|{device.type}|{torch.__version__}|{'compiled' if compiled else 'torch'}"
+
+
+def device_name(device: torch.device) -> str:
+    """cuda: the card's name; cpu: the processor's, as the system gives it, and the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
+    return f"{name} ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
+
+
+class PeakMemory:
+    """Peak memory of this process from when it was made: bytes allocated on a GPU, else resident in RAM."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        self.start = self._now()
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
+
+    def _now(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device)
+        return self._status("VmRSS") or 0
+
+    def peak(self) -> int:
+        """Bytes. Without /proc (macOS), the peak since the process began."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        if found := self._status("VmHWM"):
+            return found
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    @staticmethod
+    def _status(key: str) -> int | None:
+        try:
+            lines = Path("/proc/self/status").read_text().splitlines()
+        except OSError:
+            return None
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":")), None)

@@ -1,0 +1,81 @@
+"""The compiled kernels: made or done without, and against PyTorch's operations in their place."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from scipy import stats
+from test_fast import adapted, batch, tiny
+
+import kernels
+from fast import FastClassifier
+
+compiled = pytest.mark.skipif(kernels.library() is None, reason="no compiler")
+
+
+def library_in_a_new_process(tmp_path, monkeypatch, compiler: str) -> tuple[str, str]:
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("DISTILBERT_SENTIMENT_CACHE", str(tmp_path))
+    code = "import kernels; print(kernels.library() is None)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip(), done.stderr
+
+
+def test_without_a_compiler_there_are_no_kernels_and_no_noise(tmp_path, monkeypatch):
+    assert library_in_a_new_process(tmp_path, monkeypatch, "no-such-compiler") == ("True", "")
+
+
+def test_a_compiler_that_fails_is_one_line(tmp_path, monkeypatch):
+    found, said = library_in_a_new_process(tmp_path, monkeypatch, "false")
+    assert found == "True" and len(said.splitlines()) == 1 and not list(tmp_path.glob("*.so"))
+
+
+@compiled
+def test_compiled_once_and_kept(tmp_path, monkeypatch):
+    assert library_in_a_new_process(tmp_path, monkeypatch, "g++") == ("False", "")
+    (library,) = tmp_path.iterdir()
+    made = library.stat().st_mtime_ns
+    assert library_in_a_new_process(tmp_path, monkeypatch, "g++")[0] == "False"
+    assert library.stat().st_mtime_ns == made
+
+
+@compiled
+def test_random_bytes_are_uniform_and_unlike_for_other_seeds():
+    draws = []
+    for seed in (0, 1, 2**40, -(2**62)):
+        found = torch.empty(1_000_000, dtype=torch.int8)
+        kernels.call("random_bytes", torch.float32, len(found), seed, found)
+        draws.append(found.float())
+        for part in (found, found[::4], found[3::4]):  # each byte of a word too
+            assert stats.chisquare(torch.bincount(part.long() + 128, minlength=256).numpy()).pvalue > 1e-4
+        for lag in (1, 2, 4, 384, 1536):  # neighbours in a row, the element below
+            assert abs(torch.corrcoef(torch.stack([draws[-1][:-lag], draws[-1][lag:]]))[0, 1]) < 0.005
+    assert (torch.corrcoef(torch.stack(draws)) - torch.eye(len(draws))).abs().max() < 0.005
+
+
+@compiled
+@pytest.mark.parametrize("make", [tiny, lambda p: adapted(tiny(p), p)])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_is_that_of_the_layers_in_pytorch(monkeypatch, make, precision):
+    """Dropout included: both read the same random bytes."""
+    model = make(0.2)
+    other, (ids, lengths, labels) = copy.deepcopy(model), batch()
+    found = []
+    for one in (model, other):
+        fast = FastClassifier(one, precision)
+        torch.manual_seed(1)
+        loss = F.cross_entropy(fast(ids, lengths), labels)
+        loss.backward()
+        fast.arena.widen()
+        found.append((loss.detach(), {n: p.grad.clone() for n, p in one.named_parameters() if p.grad is not None}))
+        # the second model in PyTorch, but with the kernel's random bytes
+        monkeypatch.setattr("fast.FusedLayer", __import__("layers").Layer)
+    near = {"rtol": 1e-4, "atol": 1e-5} if precision == "fp32" else {"rtol": 0.1, "atol": 0.03}
+    (loss, grads), (expected, reference) = found
+    torch.testing.assert_close(loss, expected, **near)
+    for name in reference:
+        torch.testing.assert_close(grads[name], reference[name], **near, msg=lambda m, name=name: f"{name}: {m}")

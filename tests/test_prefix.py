@@ -19,8 +19,12 @@ def test_the_cache_changes_nothing(cli, monkeypatch, precision):
     monkeypatch.setattr(train, "cache_prefix", lambda job, *_: job.splits)
     assert cli(*LAST, "--precision", precision)[0] == 0  # computes the frozen layers in every step
     runs = sorted(cli.runs.iterdir())
-    assert len(runs) == 3 and len({tuple(losses(run)) for run in runs}) == 1
-    assert len({(run / "predictions.jsonl").read_text() for run in runs}) == 1
+    first, *others = [
+        (losses(run), [row["probability"] for row in read_lines(run / "predictions.jsonl")]) for run in runs
+    ]
+    assert len(others) == 2 and first == others[0]  # written or read: the same numbers
+    near = {"fp32": 1e-6, "bf16": 2e-3}[precision]  # computed in batches of another size: products round otherwise
+    assert others[1][0] == pytest.approx(first[0], abs=near) and others[1][1] == pytest.approx(first[1], abs=near)
 
 
 def test_it_is_the_run_that_peft_would_make(cli, tiny_model, tmp_path):

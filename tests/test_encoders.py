@@ -128,7 +128,7 @@ def test_a_lora_run_keeps_the_encoder_and_loads_in_peft_with_its_head(cli, encod
     prefix = f"{model.base_model.model.base_model_prefix}."
     base, saved = ({n.removeprefix(prefix): w for n, w in load_file(f / "model.safetensors").items()} for f in folders)
     encoder = [name for name in saved if name in base and not name.startswith(("pooler.", "head."))]
-    assert len(encoder) > 20 and all(torch.equal(saved[name], base[name]) for name in encoder)
+    assert len(encoder) > 10 and all(torch.equal(saved[name], base[name]) for name in encoder)
 
 
 def test_roberta_has_fewer_positions_than_its_config_says(tmp_path, cli):

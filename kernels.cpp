@@ -113,55 +113,6 @@ static void random_bytes(i64 n, i64 seed, uint32_t* to) {
     }
 }
 
-// Sums over rows, column by column, in a fixed order: each thread adds its rows, then the threads are added in turn.
-class ColumnSums {
-  public:
-    explicit ColumnSums(i64 columns) : columns(columns), parts(omp_get_max_threads() * columns, 0.0f) {}
-    float* mine() { return parts.data() + omp_get_thread_num() * columns; }
-    void put(float* to, i64 first, i64 count, bool add) {
-        if (!to) return;
-        for (i64 j = 0; j < count; j++) {
-            float sum = add ? to[j] : 0.0f;
-            for (size_t start = first; start < parts.size(); start += columns) sum += parts[start + j];
-            to[j] = sum;
-        }
-    }
-
-  private:
-    i64 columns;
-    std::vector<float> parts;
-};
-
-// Dropout: the element of a row in column j is kept where its random byte is at least limit[j] (see Draw).
-struct Dropout {
-    const int8_t *bits, *limit;  // both null: nothing is dropped
-    float scale;                 // 1 / (1 - p)
-
-    // to [n] = what is left of from [n], a row whose bytes begin at `start`.
-    template <class T>
-    void apply(i64 n, i64 start, const T* __restrict from, float* __restrict to) const {
-        const int8_t *__restrict random = bits + start, *__restrict least = limit;  // locals: to[j] is none of them
-        const float factor = scale;
-        if (bits)
-            for (i64 j = 0; j < n; j++) to[j] = random[j] >= least[j] ? load(from[j]) * factor : 0.0f;
-        else
-            for (i64 j = 0; j < n; j++) to[j] = load(from[j]);
-    }
-};
-
-// n random bytes, a multiple of 4, from a counter mixed with the seed (the rounds of Ettinger's triple32).
-static void random_bytes(i64 n, i64 seed, uint32_t* to) {
-    uint32_t low = uint32_t(seed), high = uint32_t(seed >> 32);
-#pragma omp parallel for simd schedule(static)
-    for (i64 i = 0; i < n / 4; i++) {
-        uint32_t x = uint32_t(i) * 0x9e3779b9u + low;
-        x ^= x >> 17, x *= 0xed5ad4bbu;
-        x ^= (x >> 11) + high, x *= 0xac4c1b51u;
-        x ^= x >> 15, x *= 0x31848babu;
-        to[i] = x ^ (x >> 14);
-    }
-}
-
 // The products come without their biases, which are added here. All biases and sums of gradients are in float.
 
 // z = x + dropout(y + shift); h = layer norm of z, in float and in T. x, z, h: [n, d], rows of x ldx apart, of half ldh apart.

@@ -1,6 +1,7 @@
 """The fast path against what it replaces: the Hugging Face and PEFT modules, autograd, torch.optim.AdamW."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -25,8 +26,10 @@ def layers(request, monkeypatch):
     """Everything here holds for the compiled kernels and for PyTorch's operations in their place."""
     if request.param == "torch":
         monkeypatch.setattr(kernels, "library", lambda: None)
-    elif kernels.library() is None:
+    elif shutil.which("g++") is None:
         pytest.skip("no compiler")
+    else:
+        assert kernels.library() is not None
 
 
 TARGETS = ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"]
@@ -125,11 +128,11 @@ def test_backward_uses_the_masks_of_forward(kind: str):
     ends = []
     for sign in (1, -2):
         for p, d in direction.items():
-            p.data += sign * d * 0.02
+            p.data += sign * d * 0.005
         fast.arena.sync()
         with torch.no_grad():
             ends.append(loss())
-    assert ((ends[0] - ends[1]) / 0.04).item() == pytest.approx(slope.item(), rel=0.02)
+    assert ((ends[0] - ends[1]) / 0.01).item() == pytest.approx(slope.item(), rel=0.02)
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

@@ -117,7 +117,6 @@ def test_a_lora_run_keeps_the_encoder_and_loads_in_peft_with_its_head(cli, encod
     _, folder = encoder
     assert cli(*METHODS["lora"], "--model", str(folder), "--epochs", "1", "--precision", "fp32")[0] == 0
     (run,) = cli.runs.iterdir()
-    (folder, run / "model")
     model = AutoPeftModelForSequenceClassification.from_pretrained(run / "model", num_labels=2).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(run / "model")
     for row in read_lines(run / "predictions.jsonl")[:5]:

@@ -75,9 +75,12 @@ def test_a_step_is_that_of_the_layers_in_pytorch(monkeypatch, make, precision):
         found.append((loss.detach(), {n: p.grad.clone() for n, p in one.named_parameters() if p.grad is not None}))
         # the second model in PyTorch, but with the kernel's random bytes
         monkeypatch.setattr("fast.FusedLayer", __import__("layers").Layer)
-    near = 1e-4 if precision == "fp32" else 0.25  # bf16 keeps 8 bits, and these random weights blow its rounding up
     (loss, grads), (expected, reference) = found
-    assert loss.item() == pytest.approx(expected.item(), rel=near)
-    for name in reference:
-        if "k_lin.bias" not in name:  # 0 but for rounding
-            assert (grads[name] - reference[name]).norm() <= near * reference[name].norm(), name
+    if precision == "fp32":
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        for name in reference:
+            torch.testing.assert_close(grads[name], reference[name], rtol=1e-4, atol=1e-5, msg=name)
+    else:  # 8 bits of mantissa, rounded in other places, in a net of random weights: much alike as a whole
+        assert loss.item() == pytest.approx(expected.item(), rel=0.05)
+        both = [torch.cat([part[name].flatten() for name in reference]) for part in (grads, reference)]
+        assert F.cosine_similarity(*both, dim=0) > 0.97

@@ -9,7 +9,7 @@ from conftest import read_json, read_lines
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
-LEARNS = ("--lr", "5e-3", "--epochs", "6", "--batch_size", "8")
+LEARNS = ("--lr", "5e-3", "--epochs", "15", "--batch_size", "8")  # 6 of 6 seeds reach 0.9
 RESULT_KEYS = {
     "val",
     "test",
@@ -39,8 +39,8 @@ def test_a_run_learns_and_leaves_its_records(cli, method, accuracy):
     result, lines = read_json(run / "result.json"), read_lines(run / "metrics.jsonl")
     assert result.keys() >= RESULT_KEYS
     assert result["test"]["accuracy"] >= accuracy
-    steps = 6 * 12
-    assert [line["step"] for line in lines if "val/accuracy" in line] == [12, 24, 36, 48, 60, 72]
+    steps = 15 * 12
+    assert [line["step"] for line in lines if "val/accuracy" in line] == list(range(12, steps + 1, 12))
     assert lines[-1]["step"] == steps and lines[-1]["test/accuracy"] == result["test"]["accuracy"]
     assert {"step", "epoch", "time", "train/loss", "train/lr", "train/samples_per_second"} <= lines[0].keys()
     accuracies = [line["val/accuracy"] for line in lines if "val/accuracy" in line]

@@ -1,7 +1,6 @@
 """The linear baseline: LinearSVC on frozen embeddings, with the records of a fine-tuned run."""
 
 import hashlib
-import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -83,9 +82,8 @@ def cached_embeddings(job: runs.Job, name: str, content: str, pooling: str) -> n
     device = job.accelerator.device
     found = embeddings(job.model.base_model, job.splits[name], device, job.precision, pooling, name)
     file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_suffix(f".{os.getpid()}.npy")
-    np.save(scratch, found)
-    scratch.replace(file)
+    with packaged.made_whole(file) as scratch, scratch.open("wb") as handle:
+        np.save(handle, found)
     return found
 
 

@@ -33,6 +33,11 @@ def one_line(message: str) -> str:
     return " ".join(message.splitlines())
 
 
+def say(line: str) -> None:
+    """One line for the user, on stderr, at once."""
+    print(line, file=sys.stderr, flush=True)
+
+
 class Interrupted(KeyboardInterrupt):
     """The user stopped a run, which can go on later. `exit_code` is 128 + the signal's number."""
 
@@ -313,7 +318,7 @@ def _config_of(run: str, given: dict[str, Any]) -> TrainConfig:
     try:
         stored = json.loads(Path(run, "config.json").read_text(encoding="utf-8"))["config"]
         stored = {spec.name: stored[spec.name] for spec in fields(TrainConfig)} | {"runs": (), "texts": ()}
-        strange = [spec.name for spec in fields(TrainConfig) if spec.metadata and not _of_kind(spec, stored[spec.name])]
+        strange = [spec.name for spec in fields(TrainConfig) if spec.metadata and not of_kind(spec, stored[spec.name])]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"--resume: expected a run folder with its config.json, got {run!r} ({error})") from error
     if strange or stored["mode"] not in MODES:
@@ -328,7 +333,7 @@ def _config_of(run: str, given: dict[str, Any]) -> TrainConfig:
         raise UserError(f"--resume: {run}/config.json holds a wrong value: {error}") from error
 
 
-def _of_kind(spec: Field, value: Any) -> bool:
+def of_kind(spec: Field, value: Any) -> bool:
     """Whether `value` is of the kind that the flag `spec` takes."""
     options = spec.metadata["options"]
     if value is None:

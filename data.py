@@ -18,13 +18,12 @@ import hub
 import packaged
 from config import DEFAULT_DATASET, UserError
 from labels import missing_classes, number_classes
-from readers import ENDINGS, USUAL, Columns, brief, choose_columns, read_file
+from readers import CHUNK, ENDINGS, USUAL, Columns, brief, choose_columns, read_file
 
 SPLIT_NAMES = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation"}
 SPLIT_NAMES |= {"dev": "validation", "test": "test"}
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 2000
 POOL_BATCHES = 64
-CHUNK = 10_000  # rows held as Python objects at a time
 
 
 class Known(NamedTuple):

@@ -106,6 +106,12 @@ class FastEngine:
         self.optimizer.flush()
 
 
+def plain_logits(model: nn.Module, batch: Batch, precision: str) -> Tensor:
+    """[B, classes] fp32 from the module's own forward pass, under autocast for bf16."""
+    with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.float()
+
+
 class PlainEngine:
     """The module as transformers and PEFT wrote it, under autocast, with torch's AdamW: the reference."""
 
@@ -123,7 +129,7 @@ class PlainEngine:
         self.name = f"plain ({reason})"
         self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.frozen_prefix = frozen_prefix
-        self.model, self.max_grad_norm, self.bf16 = model, max_grad_norm, precision == "bf16"
+        self.model, self.max_grad_norm, self.precision = model, max_grad_norm, precision
         self.distributed = accelerator.num_processes > 1
         self.trained = [p for p in model.parameters() if p.requires_grad]
         groups = [  # no decay for biases and layer norms, whatever their names
@@ -133,8 +139,7 @@ class PlainEngine:
         self.optimizer = torch.optim.AdamW(groups, lr=lr, fused=self.trained[0].device.type in ("cpu", "cuda"))
 
     def forward(self, batch: Batch) -> Tensor:
-        with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.float()
+        return plain_logits(self.model, batch, self.precision)
 
     def train_mode(self) -> None:
         self.model.train()

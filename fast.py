@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import kernels
 from fused import FusedLayer
-from layers import Embedding, Layer, Shape
+from layers import Embedding, Layer, Shape, total
 from linear import Arena, Draw, base_layer
 
 SITES = ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin", "ffn.lin1", "ffn.lin2")
@@ -166,7 +166,8 @@ class FastClassifier:
         return stream[0], saved
 
     def _run_backward(self, dy: Tensor, saved: list, shape: Shape) -> None:
-        self.arena.begin_backward()
+        if not self.arena.fresh:
+            self.arena.widen()
         layers, stream = self.layers[len(self.layers) - len(saved) + 1 :], (dy, None)
         for layer, kept in zip(reversed(layers), reversed(saved)):
             if kept is None:
@@ -174,7 +175,7 @@ class FastClassifier:
             lowest = self.first >= 0 and layer is self.layers[self.first]
             stream = layer.backward(stream, kept, shape, need_dx=not lowest)
         if saved[0] is not None:
-            grads = self.embedding.backward(stream[0] if stream[1] is None else stream[0] + stream[1], saved[0])
+            grads = self.embedding.backward(total(stream), saved[0])
             if grads and self.lazy:
                 self.table_grads.append(grads)
             elif grads:

@@ -17,19 +17,14 @@ class FusedLoraLinear(LoraLinear):
     def __init__(self, arena: Arena, modules: list[nn.Module]):
         super().__init__(arena, modules)
         self.joint = True  # whoever makes x writes it into the longer input
-        down = next(m for m in modules if hasattr(m, "lora_A")).lora_A
-        self.A = arena.view(
-            arena.flat, [m.lora_A[name].weight for m in modules if hasattr(m, "lora_A") for name in down]
-        )
         self.turned = torch.zeros(len(self.parts), self.width, -(-self.r // 16) * 16)  # for whole vectors
         self.padded = torch.zeros(len(self.parts), self.r, -(-self.width // 16) * 16)
         arena.listeners.append(self.turn)
         self.turn()
 
     def turn(self) -> None:
-        down = self.A.view(len(self.parts), self.r, -1)
-        self.turned[:, :, : self.r] = down.transpose(1, 2)
-        self.padded[:, :, : self.width] = down
+        self.turned[:, :, : self.r] = self.wide_down.transpose(1, 2)
+        self.padded[:, :, : self.width] = self.wide_down
 
     def buffer(self, n: int) -> tuple[Tensor, Tensor]:
         wide = self.wide.new_empty(n, self.wide.shape[1])
@@ -45,15 +40,13 @@ class FusedLoraLinear(LoraLinear):
 
     def backward(self, dy: Tensor, saved: tuple, need_dx: bool = True, need_bias: bool = True) -> Tensor | None:
         (wide, drop), groups = saved, len(self.parts)
-        dup = wide[:, self.width : self.width + self.block.shape[1]].t() @ dy  # [G r, out], of which the blocks count
-        for g, rows, columns in self.slots():
-            self.arena.put_matrix(self.dup[g], dup[columns, rows].t() * self.scaling[g])
+        self.put_up(wide[:, self.width : self.width + self.block.shape[1]], dy)
         base = dy @ self.wide
         dx = base.new_empty(len(dy), self.width) if need_dx else None
-        ddown = torch.empty_like(self.A)
+        ddown = torch.empty_like(self.wide_down)
         kernels.call("lora_backward", dy.dtype, len(dy), self.width, self.r, groups, wide, wide.stride(0), self.padded,
                      *drop, base, base.stride(0), dx, ddown)  # fmt: skip
-        self.arena.put_matrix(self.ddown, ddown)
+        self.arena.put_matrix(self.ddown, ddown.flatten(0, 1))
         return dx
 
 

@@ -18,7 +18,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from config import TrainConfig, UserError
+from config import TrainConfig, UserError, of_kind
 
 METHODS = {"full": {}, "lora": {"peft": True}, "baseline": {"mode": "baseline"}}
 FLAGS = {spec.name: spec for spec in fields(TrainConfig) if spec.metadata}
@@ -150,11 +150,9 @@ def _checked(spec: Field, value: Any, where: str, key: str) -> Any:
     expected = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[kind]
     if choices := options.get("choices"):
         expected = f"one of {', '.join(choices)}"
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is not kind or (choices and value not in choices):
+    if not of_kind(spec, value) or (choices and value not in choices):
         raise UserError(f"{where}: {key}: expected {expected}, found {value!r}")
-    return value
+    return float(value) if kind is float else value
 
 
 def _known_keys(table: dict[str, Any], known: set[str], where: str) -> None:

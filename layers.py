@@ -17,6 +17,11 @@ aten = torch.ops.aten
 Stream = tuple[Tensor, Tensor | None]  # between layers: see Layer.forward and Layer.backward
 
 
+def total(stream: Stream) -> Tensor:
+    """The gradient whose fp32 and bf16 parts `stream` holds."""
+    return stream[0] if stream[1] is None else stream[0] + stream[1]
+
+
 class Norm:
     """Layer norm in fp32 on fp32 input, with ATen's own backward."""
 
@@ -162,7 +167,7 @@ class Layer:
 
     def backward(self, stream: Stream, saved: tuple, shape: Shape, need_dx: bool) -> Stream | None:
         """The gradient of the output -> that of the input, either as the sum of an fp32 and a bf16 part."""
-        dy = stream[0] if stream[1] is None else stream[0] + stream[1]
+        dy = total(stream)
         saved_in, saved_core, saved_out, saved1, saved_u, u, saved_f, keep, saved2 = saved
         dz = self.norm2.backward(dy, saved2)
         df = dz.to(self.dtype) if keep is None else (dz * (1 / (1 - self.p))).to(self.dtype).mul_(keep)

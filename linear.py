@@ -93,10 +93,6 @@ class Arena:
         places = [slice(start, end) for start, end in pairwise(cuts) if start < end]
         return [(at, self.half if at.start == 0 and not self.widened else self.grad[at]) for at in places]
 
-    def begin_backward(self) -> None:
-        if not self.fresh:
-            self.widen()
-
     def put(self, target: Tensor | None, value: Tensor) -> None:
         if target is not None:
             target.copy_(value) if self.fresh else target.add_(value)
@@ -130,7 +126,7 @@ class Arena:
 
 
 class Draw:
-    """Dropout masks, 0 or 1, from torch's generator.
+    """Dropout masks, 0 or 1, from torch's generator, or, with the kernels, from a counter that it seeds.
 
     One int64 draw makes eight decisions, where `bernoulli_` makes one. A byte alone would round p to 1/256,
     so each column's threshold is itself drawn between the two neighbours: every element is dropped with
@@ -218,6 +214,7 @@ class LoraLinear(Linear):
         self.r, self.p = down[0].shape[0], getattr(adapted[0].lora_dropout[name], "p", 0.0)
         self.scaling = [m.scaling[name] for m in adapted]
         self.down = arena.view(arena.compute, down).view(len(down), self.r, -1)  # [G, r, in]
+        self.wide_down = arena.view(arena.flat, down).view_as(self.down)  # the same in fp32
         self.ddown, self.dup = arena.matrix_grad(down), [arena.matrix_grad([p]) for p in up]
         self.up = [arena.view(arena.compute, [p]) for p in up]  # G x [out / n, r]
         rank, (out, width) = len(adapted) * self.r, self.weight.shape
@@ -259,11 +256,15 @@ class LoraLinear(Linear):
             y = wide @ self.wide.t()
         return y.add_(self.bias) if bias else y, (h, xd, keep)
 
-    def backward(self, dy: Tensor, saved: tuple, need_dx: bool = True, need_bias: bool = True) -> Tensor | None:
-        h, xd, keep = saved
+    def put_up(self, h: Tensor, dy: Tensor) -> None:
+        """The gradients of the matrices B. h: [N, G r], dy: [N, out]."""
         dup = h.t() @ dy  # [G r, out], of which the blocks count
         for g, rows, columns in self.slots():
             self.arena.put_matrix(self.dup[g], dup[columns, rows].t() * self.scaling[g])
+
+    def backward(self, dy: Tensor, saved: tuple, need_dx: bool = True, need_bias: bool = True) -> Tensor | None:
+        h, xd, keep = saved
+        self.put_up(h, dy)
         dh = (dy @ self.block).view(len(dy), -1, self.r).transpose(0, 1)  # [G, N, r]
         dh = dh.contiguous() if keep is None else dh * (1 / (1 - self.p))
         self.arena.put_matrix(self.ddown, torch.bmm(dh.transpose(1, 2), xd).flatten(0, 1))

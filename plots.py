@@ -1,7 +1,6 @@
 """Pictures of runs and cells, made from their records alone. Each function gives a figure; two ways to write one."""
 
 import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
-from records import Cell
+from records import Cell, read_lines
 
 INK, PAPER = "#010203", "#fefefe"  # stand for the page's own colours when a figure becomes SVG
 # Dark enough for letters on white; the page has lighter ones of the same names for the dark.
@@ -236,7 +235,7 @@ def confusion(cell: Cell) -> Figure:
 
 def draw_curves(folder: Path, best_epoch: int) -> None:
     """`folder`/curves.png: loss (train and validation) and the validation metrics of one fine-tuned run."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = read_lines(folder / "metrics.jsonl")
 
     def series(key: str) -> tuple[list[float], list[float]]:
         numbers = [line for line in lines if isinstance(line.get(key), (int, float))]

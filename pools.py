@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
-from config import UserError
+from config import UserError, say
 
 POLL_SECONDS = 0.2
 
@@ -153,7 +153,7 @@ class ForwardSignals:
 
     def _note(self, number: int, _: Any) -> None:
         self.number = number
-        print("stopping the runs after their step", file=sys.stderr, flush=True)
+        say("stopping the runs after their step")
         self.pool.stop(number)
 
     def __exit__(self, *_: object) -> None:

@@ -25,6 +25,7 @@ from baseline import pooled_states
 from config import TrainConfig, UserError
 from data import Batch, TokenSplit, sorted_batches
 from device import open_device
+from engine import plain_logits
 from progress import progress_bar
 from streams import Answers, open_input, open_output
 from tokens import Cutter
@@ -94,18 +95,12 @@ class Predictor:
 
     def _forward(self, precision: str) -> Forward:
         """How a batch is computed: a baseline by its linear map, the rest on the fast path where it can run it."""
-        bf16 = torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
         if self.saved.record["method"] == "baseline":
             return self._baseline(self.model.base_model, precision)
         if fast.supports(self.model) is None:
             classifier = fast.FastClassifier(self.model, precision)
             return lambda batch: classifier(batch.input_ids, batch.lengths)
-
-        def plain(batch: Batch) -> Tensor:
-            with bf16:
-                return self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-
-        return plain
+        return lambda batch: plain_logits(self.model, batch, precision)
 
     def _baseline(self, encoder: nn.Module, precision: str) -> Forward:
         try:

@@ -66,7 +66,6 @@ def with_prefix(
             try:
                 _fill(path, split, prefix, width * dtype.itemsize, device, name)
             except OSError as error:
-                path.with_suffix(f".{os.getpid()}.tmp").unlink(missing_ok=True)
                 raise UserError(f"the frozen layers' output cannot be written to {folder}: {error.strerror}") from error
         found[name] = replace(split, hidden=HiddenStates(path, split.lengths, width, dtype))
     return found
@@ -82,8 +81,8 @@ def _fill(
 ) -> None:
     """Compute in batches of like length, write each text to its place, rename when all are there."""
     starts = np.concatenate([[0], np.cumsum(split.lengths, dtype=np.int64)])
-    scratch = path.with_suffix(f".{os.getpid()}.tmp")
-    with scratch.open("wb") as file, progress_bar(len(split), f"frozen layers, {name}") as bar:
+    bar = progress_bar(len(split), f"frozen layers, {name}")
+    with bar, packaged.made_whole(path) as scratch, scratch.open("wb") as file:
         for indices in sorted_batches(split.lengths, BATCH_SIZE):
             batch = split.batch(indices).to(device)
             hidden = prefix(batch.input_ids, batch.lengths).cpu()  # [B, L, D]
@@ -91,4 +90,3 @@ def _fill(
                 states = hidden[row, : int(split.lengths[index])].contiguous().view(torch.uint8).numpy()
                 os.pwrite(file.fileno(), states.tobytes(), int(starts[index]) * token_bytes)
             bar.update(len(indices))
-    scratch.replace(path)

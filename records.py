@@ -192,7 +192,7 @@ def _from_record(file: Path, rows: dict[str, Rows]) -> Run:
 
 def _from_folder(folder: Path, rows: dict[str, Rows]) -> Run:
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    predictions, metrics = _lines(folder / "predictions.jsonl"), _lines(folder / "metrics.jsonl")
+    predictions, metrics = read_lines(folder / "predictions.jsonl"), read_lines(folder / "metrics.jsonl")
     ids = {label: number for number, label in enumerate(result["data"]["labels"])}
     fingerprint = result["data"]["fingerprints"]["test"]
     if fingerprint not in rows or rows[fingerprint].texts is None:
@@ -231,5 +231,6 @@ def _epoch_means(metrics: list[dict[str, Any]]) -> list[float]:
     return [statistics.fmean(losses[epoch]) for epoch in sorted(losses)]
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,6 +1,5 @@
 """`--report`: tables, pictures and verdicts, made from the records of finished runs alone."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import analysis
 import claims
 import plots
 import stats
-from config import DEFAULT_DATASET, TrainConfig, UserError
+from config import DEFAULT_DATASET, TrainConfig, UserError, say
 from records import Cell, export, group_cells, read_runs
 from render import Block, Gallery, html, markdown
 
@@ -27,15 +26,15 @@ def report(config: TrainConfig) -> None:
     except OSError as error:
         raise UserError(f"--plots_dir {folder}: cannot be written: {error.strerror}") from error
     if config.export:
-        _say(f"wrote {len(export(runs, Path(config.export)))} records to {config.export}")
+        say(f"wrote {len(export(runs, Path(config.export)))} records to {config.export}")
     groups, repeats = group_cells(runs)
     if repeats:
-        _say(f"left out, since they repeat another run's cell and seed: {', '.join(repeats)}")
+        say(f"left out, since they repeat another run's cell and seed: {', '.join(repeats)}")
     blocks = build(groups, folder)
     text = markdown(blocks)
     (folder / "report.md").write_text(text, encoding="utf-8")
     (folder / "report.html").write_text(html(blocks), encoding="utf-8")
-    _say(f"wrote report.md, report.html and {sum(block.kind == 'picture' for block in blocks)} pictures to {folder}")
+    say(f"wrote report.md, report.html and {sum(block.kind == 'picture' for block in blocks)} pictures to {folder}")
     print(text, end="")
 
 
@@ -305,7 +304,3 @@ def analysis_blocks(best: dict[str, Cell], top: Cell, draw: Gallery) -> list[Blo
         Block("text", f"The most confident mistakes of {top.name} (row of the test set, from 0)."),
         *(Block("table", head=table[0], rows=table[1:]) for table in [analysis.mistakes(top)]),
     ]
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

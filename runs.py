@@ -25,7 +25,7 @@ from torch import nn
 
 import hub
 import models
-from config import NEWEST, TrainConfig, UserError
+from config import NEWEST, TrainConfig, UserError, say
 from data import TextData, TokenSplit, load_data
 from device import arithmetic, device_name, open_device
 from readers import Columns, brief
@@ -78,15 +78,15 @@ def announce(job: Job, record: dict[str, Any]) -> None:
         return
     data = job.data
     if data.kind == "packaged":
-        _say("*** These reviews are near the hub's rotten_tomatoes, not the same rows: do not compare across. ***")
+        say("*** These reviews are near the hub's rotten_tomatoes, not the same rows: do not compare across. ***")
     rows = " / ".join(f"{len(split):,}" for split in data.splits.values())
-    _say(f"model  {job.source.name}\ndata   {data.name}: {rows} rows (train / validation / test)")
-    _say(f"       classes: {', '.join(data.label_names)}\ndevice {job.accelerator.device}, {job.precision}")
+    say(f"model  {job.source.name}\ndata   {data.name}: {rows} rows (train / validation / test)")
+    say(f"       classes: {', '.join(data.label_names)}\ndevice {job.accelerator.device}, {job.precision}")
     for note in data.notes:
-        _say(f"note: {note}")
+        say(f"note: {note}")
     if trained := record.get("trainable_parameters"):
         total = record["total_parameters"]
-        _say(f"trains {trained:,} of {total:,} parameters ({trained / total:.1%})")
+        say(f"trains {trained:,} of {total:,} parameters ({trained / total:.1%})")
 
 
 def _check_writable(output_dir: str) -> None:
@@ -96,10 +96,6 @@ def _check_writable(output_dir: str) -> None:
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         fault = "is no folder" if not there.is_dir() else "cannot be written"
         raise UserError(f"--output_dir {output_dir}: expected a folder that can be written, but {there} {fault}")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

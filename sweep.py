@@ -10,14 +10,13 @@ import json
 import math
 import os
 import re
-import sys
 from collections.abc import Iterator
 from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from config import DEFAULT_DATASET, Interrupted, TrainConfig, UserError
+from config import DEFAULT_DATASET, Interrupted, TrainConfig, UserError, say
 from grid import FLAGS, cell_names, command_words, identity, read_grid
 from pools import ForwardSignals, LocalPool, Pool, RayPool
 
@@ -61,7 +60,7 @@ def sweep(config: TrainConfig) -> None:
         print(listing(cells, outputs, config.workers))
         return
     todo = [cell for cell in cells if not cell.finished]
-    _say(f"{len(cells)} runs, {len(cells) - len(todo)} of them done already; folders in {root}, output in {root}/logs")
+    say(f"{len(cells)} runs, {len(cells) - len(todo)} of them done already; folders in {root}, output in {root}/logs")
     (root / "logs").mkdir(parents=True, exist_ok=True)
     with _only_one(root) as lock:
         pool = RayPool(config.ray, config.workers) if config.ray else LocalPool(config.workers, lock)
@@ -71,10 +70,10 @@ def sweep(config: TrainConfig) -> None:
         left = sum(not cell.finished for cell in find_cells([cell.config for cell in cells], root))
         raise SweepInterrupted(signals.number, left, str(file))
     for name, reason in failed:
-        _say(f"failed: {name}: {reason}")
+        say(f"failed: {name}: {reason}")
     if failed:
         raise UserError(f"{len(failed)} of {len(cells)} runs failed; the same command tries them again")
-    _say(f"all {len(cells)} runs are done; python main.py --report {root}")
+    say(f"all {len(cells)} runs are done; python main.py --report {root}")
 
 
 def find_cells(configs: list[TrainConfig], root: Path) -> list[Cell]:
@@ -181,7 +180,7 @@ def _run_all(
             failed.append((cell.name, " ".join(reason.split())))
         left = [futures[other][0] for other in futures if not other.done()]
         result = "failed" if not now.finished else _one_line_result(now.folder)
-        _say(f"[{done}/{len(todo)}] {cell.name}: {result}; {Estimate(outputs).left(left, pool.at_once)}")
+        say(f"[{done}/{len(todo)}] {cell.name}: {result}; {Estimate(outputs).left(left, pool.at_once)}")
     return failed
 
 
@@ -210,7 +209,3 @@ def _only_one(root: Path) -> Iterator[int]:
         yield handle
     finally:
         os.close(handle)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

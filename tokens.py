@@ -1,7 +1,6 @@
 """From texts to token ids: cut to the longest allowed, computed once, and read memory-mapped afterwards."""
 
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,16 +89,14 @@ def _read_lengths(path: Path, rows: int) -> tuple[np.ndarray, int] | None:
 
 def _fill(path: Path, rows: datasets.Dataset, cutter: Cutter, name: str) -> tuple[np.ndarray, int]:
     """Tokenise, write beside the place, rename when all is there. (Tokens of each row, rows cut)."""
-    scratch, lengths, cut = path.with_suffix(f".{os.getpid()}.tmp"), [], 0
-    with scratch.open("wb") as file, progress_bar(len(rows), f"tokenising {name}") as bar:
+    lengths, cut, bar = [], 0, progress_bar(len(rows), f"tokenising {name}")
+    with bar, packaged.made_whole(path) as scratch, scratch.open("wb") as file:
         for some in rows.iter(ROWS):
             ids, more = cutter(some["text"])
             cut += more
             lengths += map(len, ids)
             file.write(np.concatenate(ids).astype(np.int32).tobytes())
             bar.update(len(ids))
-    scratch.replace(path)
-    with scratch.open("wb") as file:
+    with packaged.made_whole(path.with_suffix(".npy")) as scratch, scratch.open("wb") as file:
         np.save(file, np.array([*lengths, cut], np.int64))
-    scratch.replace(path.with_suffix(".npy"))
     return np.array(lengths, np.int32), cut

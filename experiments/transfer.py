@@ -68,24 +68,10 @@ def parts(text: str) -> set[str]:
 
 def score_run(run: Path, data) -> np.ndarray:
     """[rows, classes] probabilities of the test rows of `data` under the run's saved model."""
-    from transformers import AutoModelForSequenceClassification
+    from predict import Predictor, open_saved
 
-    import models
-    from device import open_device
-    from engine import make_engine, predict_probabilities
-    from tokens import Cutter, tokenize
-
-    record = json.loads((run / "result.json").read_text(encoding="utf-8"))
-    tokenizer, _ = models.load_tokenizer(models.find_model(str(run / "model")), None)
-    model = AutoModelForSequenceClassification.from_pretrained(run / "model")  # with the adapter of a LoRA run
-    accelerator, precision = open_device("auto", record["config"]["precision"])
-    # Plain: the fast path is for models that this process made itself. No step is taken, so the rates do not matter.
-    engine = make_engine(
-        model.to(accelerator.device), accelerator, precision=precision, lr=1e-5, weight_decay=0.0, max_grad_norm=0.0,
-        plain=True,
-    )  # fmt: skip
-    cutter = Cutter(tokenizer, record["max_length"], record["config"]["truncation"])
-    return predict_probabilities(engine, tokenize(data, cutter)[0]["test"], accelerator)
+    saved = open_saved(str(run), "predict")
+    return Predictor(saved, "auto", saved.record["config"]["precision"])(data.splits["test"]["text"][:])
 
 
 def main() -> int:

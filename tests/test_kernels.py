@@ -14,6 +14,7 @@ from test_fast import adapted, batch, tiny
 
 import kernels
 from fast import FastClassifier
+from layers import Layer
 
 compiled = pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
 
@@ -74,7 +75,7 @@ def test_a_step_is_that_of_the_layers_in_pytorch(monkeypatch, make, precision):
         fast.arena.widen()
         found.append((loss.detach(), {n: p.grad.clone() for n, p in one.named_parameters() if p.grad is not None}))
         # the second model in PyTorch, but with the kernel's random bytes
-        monkeypatch.setattr("fast.FusedLayer", __import__("layers").Layer)
+        monkeypatch.setattr("fast.FusedLayer", Layer)
     (loss, grads), (expected, reference) = found
     if precision == "fp32":
         assert loss.item() == pytest.approx(expected.item(), rel=1e-5)

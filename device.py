@@ -22,14 +22,33 @@ def open_device(device: str, precision: str) -> tuple[Accelerator, str]:
         raise UserError(f"--device {device}: no such device; torch {torch.__version__} sees {there}")
     if ":" in device or kind == "mps":
         os.environ["ACCELERATE_TORCH_DEVICE"] = device
-    for sharded in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        if os.environ.get(f"ACCELERATE_USE_{sharded}", "false").lower() == "true":
-            reason = "every process holds the whole model, which fits; start it with accelerate's DDP or torchrun"
-            raise UserError(f"accelerate launch: {sharded} is not supported: {reason}")
+    for other in ("DEEPSPEED", "MEGATRON_LM"):
+        if _is_set(f"ACCELERATE_USE_{other}"):
+            raise UserError(f"accelerate launch: {other} is not supported; start it with DDP, FSDP or torchrun")
     accelerator = Accelerator(cpu=kind == "cpu", mixed_precision="no")  # the loop casts for itself
     if precision == "auto":
         precision = "bf16" if _native_bf16(kind) else "fp32"
     return accelerator, precision
+
+
+def take_fsdp() -> bool:
+    """Whether `accelerate launch --use_fsdp` started this process. UserError for a kind of FSDP that is not here.
+
+    It is taken out of the environment: accelerate and transformers would act on it, sharded.py does it alone.
+    """
+    if not _is_set("ACCELERATE_USE_FSDP"):
+        return False
+    del os.environ["ACCELERATE_USE_FSDP"]
+    strategy = os.environ.get("FSDP_SHARDING_STRATEGY", "FULL_SHARD")
+    if strategy not in ("FULL_SHARD", "1") or _is_set("FSDP_OFFLOAD_PARAMS"):
+        raise UserError(
+            "accelerate launch: expected FSDP with FULL_SHARD and without offloading: no other is supported"
+        )
+    return True
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() == "true"
 
 
 def _native_bf16(kind: str) -> bool:

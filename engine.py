@@ -1,7 +1,7 @@
 """How a model computes and learns: on the fast path, or on transformers' own modules, behind one interface."""
 
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fast
 from data import Batch, TokenSplit, sorted_batches
-from models import encoder_blocks
+from models import encoder_blocks, whole
 from optim import FastAdamW
 
 EVAL_BATCH_SIZE = 64
@@ -44,6 +44,10 @@ class Engine(Protocol):
         """Bring every weight of the module up to date, for whoever reads it next."""
         ...
 
+    def model_to_save(self) -> nn.Module | None:
+        """The module with all its weights, for the main process to save; all processes take part."""
+        ...
+
 
 def make_engine(
     model: nn.Module,
@@ -55,13 +59,19 @@ def make_engine(
     max_grad_norm: float,
     frozen_prefix: int = 0,
     plain: bool = False,
+    sharded: bool = False,
 ) -> Engine:
     """The fast path where it can run this model (it gives the same answer to rounding), else the plain one.
 
     frozen_prefix: so many of the lowest layers, and the embeddings, run without dropout.
+    sharded: spread weights, gradients and moments over the processes.
     """
     reason = "--plain" if plain else fast.supports(model)
     settings = (precision, lr, weight_decay, max_grad_norm or None, frozen_prefix)
+    if sharded:
+        from sharded import ShardedEngine  # here, since it is seldom needed and takes a while to import
+
+        return ShardedEngine(model, accelerator, *settings)
     return PlainEngine(model, accelerator, reason, *settings) if reason else FastEngine(model, accelerator, *settings)
 
 
@@ -105,6 +115,9 @@ class FastEngine:
     def settle(self) -> None:
         self.optimizer.flush()
 
+    def model_to_save(self) -> nn.Module | None:
+        return self.model
+
 
 def plain_logits(model: nn.Module, batch: Batch, precision: str) -> Tensor:
     """[B, classes] fp32 from the module's own forward pass, under autocast for bf16."""
@@ -136,7 +149,10 @@ class PlainEngine:
             {"params": [p for p in self.trained if p.ndim >= 2], "weight_decay": weight_decay},
             {"params": [p for p in self.trained if p.ndim < 2], "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=lr, fused=self.trained[0].device.type in ("cpu", "cuda"))
+        self.optimizer = self.make_optimizer(groups, lr, fused=self.trained[0].device.type in ("cpu", "cuda"))
+
+    def make_optimizer(self, groups: list[dict[str, Any]], lr: float, fused: bool) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(groups, lr=lr, fused=fused)
 
     def forward(self, batch: Batch) -> Tensor:
         return plain_logits(self.model, batch, self.precision)
@@ -152,7 +168,7 @@ class PlainEngine:
             for parameter in self.trained:
                 if parameter.grad is not None:  # one that the forward pass does not use, in any process
                     dist.all_reduce(parameter.grad)
-        norm = nn.utils.clip_grad_norm_(self.trained, self.max_grad_norm or math.inf)
+        norm = whole(nn.utils.clip_grad_norm_(self.trained, self.max_grad_norm or math.inf))
         finite = math.isfinite(norm)
         if finite:
             self.optimizer.step()
@@ -162,18 +178,23 @@ class PlainEngine:
     def settle(self) -> None:
         pass
 
+    def model_to_save(self) -> nn.Module | None:
+        return self.model
+
 
 @torch.inference_mode()
 def predict_probabilities(engine: Engine, split: TokenSplit, accelerator: Accelerator) -> np.ndarray:
     """[n, classes] float64, in the order of the rows. Each row is computed once, by one of the processes."""
     engine.model.eval()
     engine.settle()
-    parts = []
-    for number, indices in enumerate(sorted_batches(split.lengths, EVAL_BATCH_SIZE)):
-        if number % accelerator.num_processes == accelerator.process_index:
-            logits = engine.forward(split.batch(indices).to(accelerator.device))
+    world = accelerator.num_processes
+    parts, batches = [], list(sorted_batches(split.lengths, EVAL_BATCH_SIZE))
+    for number in range(accelerator.process_index, -(-len(batches) // world) * world, world):
+        indices = batches[min(number, len(batches) - 1)]  # in a last, short round all take part, for FSDP's sake
+        logits = engine.forward(split.batch(indices).to(accelerator.device))
+        if number < len(batches):
             parts.append((indices, logits.cpu().double().softmax(dim=-1).numpy()))
-    if accelerator.num_processes > 1:
+    if world > 1:
         parts = gather_object(parts)
     rows = np.concatenate([indices for indices, _ in parts])
     values = np.concatenate([probabilities for _, probabilities in parts])

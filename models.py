@@ -224,7 +224,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """A copy of the weights that training changes, on the CPU: what must be kept of the best epoch."""
-    return {n: p.detach().to("cpu", copy=True) for n, p in model.named_parameters() if p.requires_grad}
+    return {n: whole(p.detach()).to("cpu", copy=True) for n, p in model.named_parameters() if p.requires_grad}
 
 
 def load_trained_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
@@ -232,7 +232,22 @@ def load_trained_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in state:
-                parameter.copy_(state[name])
+                parameter.copy_(shard_like(parameter, state[name]))
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` itself, or all of it where it is spread over the processes (FSDP), which all take part."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def shard_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """`value`, whole in every process, spread as `parameter` is."""
+    if not hasattr(parameter, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor  # here, since it takes a while to import
+
+    value = value.to(parameter.device_mesh.device_type)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def _without_adapters(model: nn.Module) -> nn.Module:

@@ -27,7 +27,7 @@ import hub
 import models
 from config import NEWEST, TrainConfig, UserError, say
 from data import TextData, TokenSplit, load_data
-from device import arithmetic, device_name, open_device
+from device import arithmetic, device_name, open_device, take_fsdp
 from readers import Columns, brief
 from tokens import Cutter, tokenize
 from tracking import Logger, NullLogger, open_logger
@@ -41,6 +41,7 @@ class Job:
 
     config: TrainConfig
     accelerator: Accelerator
+    sharded: bool  # FSDP
     precision: str  # "fp32" or "bf16"
     source: models.ModelSource
     tokenizer: Any
@@ -59,6 +60,7 @@ def prepare(config: TrainConfig, source: models.ModelSource) -> Job:
     """Load everything the run needs. Nothing is written but caches, and nothing is said but what is wrong."""
     _check_writable(config.output_dir)
     tokenizer, max_length = models.load_tokenizer(source, config.max_length)
+    sharded = take_fsdp()
     accelerator, precision = open_device(config.device, config.precision)
     with accelerator.main_process_first():
         columns = Columns(config.text_column, config.label_column)
@@ -69,7 +71,8 @@ def prepare(config: TrainConfig, source: models.ModelSource) -> Job:
         data = replace(data, notes=(*data.notes, *cut))
     torch.manual_seed(config.seed)  # decides the new head, the adapters, and every dropout from here on
     model = models.load_classifier(source, data.label_names)
-    return Job(config, accelerator, precision, source, tokenizer, max_length, data, splits, model)
+    sharded = sharded and accelerator.num_processes > 1
+    return Job(config, accelerator, sharded, precision, source, tokenizer, max_length, data, splits, model)
 
 
 def announce(job: Job, record: dict[str, Any]) -> None:

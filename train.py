@@ -149,6 +149,7 @@ def set_up(job: runs.Job, record: dict[str, Any]) -> tuple[Engine, Loader, Lambd
         max_grad_norm=config.max_grad_norm,
         frozen_prefix=len(models.encoder_blocks(job.model)[1]) - config.lora_layers if config.lora_layers else 0,
         plain=config.plain,
+        sharded=job.sharded,
     )
     lengths = job.splits["train"].lengths
     loader = partial(epoch_steps, lengths, config.batch_size, config.gradient_accumulation_steps, config.seed)
@@ -185,15 +186,15 @@ def snapshot(
     metrics = run_dir / "metrics.jsonl"
     if accelerator.is_main_process:
         flush(metrics)  # else a power cut could leave less of it than the checkpoint counts on
-    random = {"cpu": torch.get_rng_state()}
+    own = {"cpu": torch.get_rng_state(), "window_loss": progress.window_loss.cpu()}  # each process has its own
     if accelerator.device.type == "cuda":
-        random["cuda"] = torch.cuda.get_rng_state(accelerator.device)
+        own["cuda"] = torch.cuda.get_rng_state(accelerator.device)
     return {
-        "weights": {n: p.detach() for n, p in engine.model.named_parameters() if p.requires_grad},
+        "weights": {n: models.whole(p.detach()) for n, p in engine.model.named_parameters() if p.requires_grad},
         "optimizer": engine.optimizer.state_dict(),
         "schedule": schedule.state_dict(),
-        "progress": vars(progress),
-        "random": gather_object([random]) if accelerator.num_processes > 1 else [random],  # one a process
+        "progress": {name: value for name, value in vars(progress).items() if name != "window_loss"},
+        "processes": gather_object([own]) if accelerator.num_processes > 1 else [own],
         "metrics_bytes": metrics.stat().st_size if accelerator.is_main_process else 0,
     }
 
@@ -207,11 +208,11 @@ def restore(
     schedule.load_state_dict(state["schedule"])
     for name, value in state["progress"].items():
         setattr(progress, name, value)
-    progress.window_loss = progress.window_loss.to(accelerator.device)
-    random = state["random"][accelerator.process_index]
-    torch.set_rng_state(random["cpu"])
+    own = state["processes"][accelerator.process_index]
+    progress.window_loss = own["window_loss"].to(accelerator.device)
+    torch.set_rng_state(own["cpu"])
     if accelerator.device.type == "cuda":
-        torch.cuda.set_rng_state(random["cuda"], accelerator.device)
+        torch.cuda.set_rng_state(own["cuda"], accelerator.device)
     accelerator.print(f"resuming at step {progress.global_step}", file=sys.stderr)
     return state["metrics_bytes"]
 
@@ -331,11 +332,12 @@ def finish(
     for name, split in (("val", splits["validation"]), ("test", splits["test"])):
         probabilities = predict_probabilities(engine, split, job.accelerator)
         scores[name] = score_with_intervals(split.labels, probabilities)
+    model = engine.model_to_save()
     if job.accelerator.is_main_process:
         values = {f"test/{name}": value for name, value in scores["test"].items() if isinstance(value, float)}
         logger.log(values, step=record["steps"], epoch=job.config.epochs)
         try:
-            models.save_model(engine.model, job.tokenizer, run_dir / "model", models.model_card(record, scores))
+            models.save_model(model, job.tokenizer, run_dir / "model", models.model_card(record, scores))
             runs.write_outcome(job, run_dir, {**record, **scores}, probabilities)
         except (OSError, SafetensorError) as error:
             raise UserError(f"model and results cannot be written to {run_dir}: {error}") from error

@@ -4,7 +4,8 @@ All of this was written down before any study had a result. A claim is taken apa
 - a difference is supported if it has the claimed sign and p < 0.05 after Holm's correction over every difference of
   this file that the records hold; contradicted if it has the other sign at that level; undecided else, and where a
   cell has one seed;
-- a bound on a cost is supported if every seed keeps it, contradicted if no seed does, undecided else;
+- a bound on a cost is supported if every seed keeps it, contradicted if no seed does, undecided else; only runs on
+  one device, with one number of threads, are compared (added when the first study shared cores between its runs);
 - "at similar accuracy" is supported if the whole 95% interval lies within 2 points, contradicted if it lies outside,
   undecided else, and where a cell has one seed.
 A claim is contradicted if one of its statements is, supported if all are, undecided else. One that the records lack
@@ -258,6 +259,13 @@ def _judge_similar(statement: Similar, difference: stats.Difference) -> Finding:
 
 
 def _judge_bound(statement: Bound, mine: Cell, other: Cell | None) -> Finding:
+    if other:
+        devices = [run.facts["device"] for run in (*mine.runs, *other.runs)]
+        shared = [device for device in sorted({*devices}) if mine.on(device) and other.on(device)]
+        if not shared:
+            return Finding(statement.text, "undecided", "not run on one device", "0")
+        device = max(shared, key=devices.count)
+        mine, other = mine.on(device), other.on(device)
     base = float(np.mean([statement.cost(run.facts) for run in other.runs])) if other else 1.0
     values = [statement.cost(run.facts) / base for run in mine.runs]
     kept = [statement.low <= value <= statement.high for value in values]

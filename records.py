@@ -82,6 +82,11 @@ class Cell:
         values = [run.facts.get(key) for run in self.runs]
         return None if None in values else float(np.mean(values))
 
+    def on(self, device: str) -> "Cell | None":
+        """Its runs on one device, by name and number of threads; None if there are none. Costs compare only there."""
+        runs = tuple(run for run in self.runs if run.facts["device"] == device)
+        return Cell(self.name, runs) if runs else None
+
     def val(self, key: str) -> float:
         """The mean over the seeds of a validation metric, each at its run's best epoch."""
         return float(np.mean([run.val[key] for run in self.runs]))

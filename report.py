@@ -266,23 +266,33 @@ def cost_blocks(group: list[Cell], scores: dict[tuple, dict[str, stats.Scores]],
         "added by training (MB)",
     )
     head += (f"s to {goal:.2f} val. accuracy",)
+    devices = sorted({run.facts["device"] for cell in group for run in cell.runs})
+    several = len(devices) > 1
+    timed = [cell.on(device) for cell in group for device in devices]
     rows = []
-    for cell in group:
+    for cell in filter(None, timed):
         peak, before = cell.fact("peak_memory_bytes"), cell.fact("memory_before_training_bytes")
         row = [cell.name, f"{cell.fact('trainable_parameters'):,.0f}", f"{cell.fact('train_seconds'):,.0f}"]
         row += [f"{cell.fact('samples_per_second'):,.0f}", f"{peak / 1e6:,.0f}", f"{(peak - before) / 1e6:,.0f}"]
-        rows.append((*row, analysis.time_to(cell, float(goal))))
+        row += [analysis.time_to(cell, float(goal)), *([cell.first.facts["device"]] * several)]
+        rows.append(tuple(row))
+    # One device for the pictures: that of the most methods.
+    chosen = max(devices, key=lambda name: len({variant_name(cell) for cell in group if cell.on(name)}))
     points = {"time": "train_seconds", "parameters": "trainable_parameters"}
     labels = {"time": "training time (s, log scale)", "parameters": "trained parameters (log scale)"}
     named = {id(cell) for cell in best_cells(group).values()}
+    head += ("device",) * several
     blocks = [Block("heading", "Cost", 3), Block("table", head=head, rows=tuple(rows))]
     for name, key in points.items():
         spots = []
         for cell in group:
+            if not (there := cell.on(chosen)):
+                continue
             got = stats.estimate(scores[cell.first.cell]["accuracy"])
-            place = (variant_name(cell), cell.name, cell.fact(key), got.mean, got.low, got.high)
+            place = (variant_name(cell), cell.name, there.fact(key), got.mean, got.low, got.high)
             spots.append((*place, id(cell) in named))
-        caption = f"Test accuracy (95% interval) against {labels[name]}; each method's best rate is named."
+        caption = f"Test accuracy (95% interval) against {labels[name]}; each method's best rate is named"
+        caption += f"; runs on {chosen}." if several else "."
         blocks.append(draw(f"accuracy_{name}", plots.against(spots, labels[name], "test accuracy"), caption))
     return blocks
 

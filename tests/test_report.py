@@ -159,12 +159,26 @@ def shifted(runs, where, share):
     return done
 
 
-def verdicts(runs):
+def findings(runs):
     groups, _ = group_cells(runs)
     scores = {}
     for group in groups:
         scores |= report.score_cells(group)
-    return {number: claims.verdict(some) for number, some in claims.judge(groups, scores).items()}
+    return claims.judge(groups, scores)
+
+
+def verdicts(runs):
+    return {number: claims.verdict(some) for number, some in findings(runs).items()}
+
+
+def test_costs_are_told_for_each_device(studies, tmp_path):
+    """Seed 1 ran on a slow machine: it has a row of its own, and no part in the other one's mean."""
+    slow = {"device": "a slow machine", "train_seconds": 1e6}
+    runs = [replace(run, facts=run.facts | slow) if run.seed == 1 else run for run in studies]
+    text = report.markdown(report.build(group_cells(runs)[0], tmp_path))
+    rows = [line for line in text.splitlines() if line.startswith("| full 2e-5 |") and "machine" in line]
+    assert [row.split(" | ")[-1] for row in rows[:2]] == ["a slow machine |", "no machine at all |"]
+    assert "1,000,000" in rows[0] and "1,000,000" not in rows[1]
 
 
 def test_verdicts_follow_their_rules(studies):
@@ -185,6 +199,8 @@ def test_verdicts_follow_their_rules(studies):
     one_seed = [run for run in shifted(studies, at(2e-5), 0.6) if run.seed == 1]
     assert verdicts(one_seed)[1] == "undecided"
     assert verdicts(studies)[6] == "contradicted"  # it takes as long as full
+    elsewhere = [replace(run, facts=run.facts | {"device": f"{run.method} alone"}) for run in studies]
+    assert verdicts(elsewhere)[6] == "contradicted" and findings(elsewhere)[6][0].evidence == "not run on one device"
     cheap = []
     spent = {"train_seconds": 1.0, "peak_memory_bytes": 8.1e8, "trainable_parameters": 500_000}
     for run in studies:

@@ -9,6 +9,7 @@ import json
 import math
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -231,18 +232,14 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {one_line(message)} (see python main.py --help)\n")
 
 
-def _whole_number(word: str) -> int:
-    try:
-        return int(word)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a whole number, got {word!r}") from None
+def _reader(kind: type, expected: str) -> Callable[[str], Any]:
+    def read(word: str) -> Any:
+        try:
+            return kind(word)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {word!r}") from None
 
-
-def _number(word: str) -> float:
-    try:
-        return float(word)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number, got {word!r}") from None
+    return read
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -255,8 +252,8 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Flags are also understood with hyphens: --batch-size is --batch_size.",
         allow_abbrev=False,
     )
-    parser.register("type", int, _whole_number)
-    parser.register("type", float, _number)
+    parser.register("type", int, _reader(int, "a whole number"))
+    parser.register("type", float, _reader(float, "a number"))
     modes = parser.add_argument_group("modes (exactly one)").add_mutually_exclusive_group()
     modes.add_argument("--finetune", action="store_true", help="fine-tune the whole encoder; with --peft, LoRA")
     modes.add_argument("--baseline", action="store_true", help="fit a LinearSVC on frozen CLS embeddings")

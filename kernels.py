@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,10 +20,10 @@ from torch import Tensor
 
 from packaged import cache_dir
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = [Path(__file__).with_name(name) for name in ("kernels.cpp", "kernels.h")]
 FLAGS = ["-std=c++20", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
          "-mprefer-vector-width=512", "-shared", "-fPIC"]  # fmt: skip
-SIGNATURES = {  # i: int64, p: pointer, f: float, b: bool
+SIGNATURES = {  # i: int64, p: pointer, f: float, b: bool; in the order of kernels.cpp's table
     "add_norm": "iipipp" + "ppf" + "ppf" + "pppipp",
     "add_norm_backward": "iipppppp" + "ppf" + "pppppb",
     "gelu": "iipppi",
@@ -36,7 +37,7 @@ SIGNATURES = {  # i: int64, p: pointer, f: float, b: bool
     "random_bytes": "iip",
     "adamw": "ippppp" + "ffffffff",
 }
-TYPES = {"i": ctypes.c_int64, "p": ctypes.c_void_p, "f": ctypes.c_float, "b": ctypes.c_int}
+TYPES = {"i": ctypes.c_int64, "p": ctypes.c_void_p, "f": ctypes.c_float, "b": ctypes.c_bool}
 NAMES = {torch.bfloat16: "bf16", torch.float32: "float"}
 
 
@@ -45,13 +46,13 @@ def _compile(target: Path, compiler: str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder, "kernels.so")
-        subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made)], check=True, capture_output=True, text=True)
+        subprocess.run([compiler, *FLAGS, str(SOURCES[0]), "-o", str(made)], check=True, capture_output=True, text=True)
         made.replace(target)
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where there is no compiler for them: layers.py then computes with PyTorch."""
+def library() -> dict[tuple[str, torch.dtype], Callable[..., float | None]] | None:
+    """The compiled kernels by name and dtype; None where no compiler makes them: layers.py then computes."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None or sys.platform != "linux":
         return None
@@ -61,7 +62,16 @@ def library() -> ctypes.CDLL | None:
             (line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))),
             "",
         )
-        made_from = repr([SOURCE.read_text(), FLAGS, stat.st_size, stat.st_mtime_ns, platform.machine(), processor])
+        made_from = repr(
+            [
+                *(source.read_text() for source in SOURCES),
+                FLAGS,
+                stat.st_size,
+                stat.st_mtime_ns,
+                platform.machine(),
+                processor,
+            ]
+        )
         target = cache_dir() / f"kernels-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
         if not target.exists():
             _compile(target, compiler)
@@ -70,17 +80,17 @@ def library() -> ctypes.CDLL | None:
         reason = getattr(error, "stderr", None) or str(error)
         print(f"the CPU kernels were not compiled ({reason.strip().splitlines()[0]})", file=sys.stderr)
         return None
-    for name, signature in SIGNATURES.items():
-        for suffix in NAMES.values():
-            function = getattr(found, f"{name}_{suffix}", None)
-            if function is None:  # has no dtype of its own: exported as float's
-                continue
-            function.argtypes = [TYPES[letter] for letter in signature]
-            function.restype = ctypes.c_double if name == "square_sum" else None
-    return found
+    functions = {}
+    for dtype, suffix in NAMES.items():
+        table = found[f"kernels_{suffix}"]
+        table.restype = ctypes.POINTER(ctypes.c_void_p * len(SIGNATURES))
+        for address, (name, signature) in zip(table().contents, SIGNATURES.items()):
+            result = ctypes.c_double if name == "square_sum" else None
+            functions[name, dtype] = ctypes.CFUNCTYPE(result, *(TYPES[letter] for letter in signature))(address)
+    return functions
 
 
 def call(name: str, dtype: torch.dtype, *values: Tensor | float | None) -> float | None:
     """Run a kernel for products in `dtype`; tensors are passed by address, so their layout is the caller's duty."""
-    function = getattr(library(), f"{name}_{NAMES[dtype]}")
+    function = library()[name, dtype]
     return function(*(value.data_ptr() if isinstance(value, Tensor) else value for value in values))

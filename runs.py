@@ -135,7 +135,10 @@ def open_run(job: Job, record: dict[str, Any], metrics_bytes: int = 0) -> Iterat
         status = "interrupted"
         raise
     finally:
-        logger.close(status)
+        with contextlib.suppress(
+            KeyboardInterrupt
+        ):  # wait no longer: how the block ended counts
+            logger.close(status)
         if accelerator.is_main_process:
             (run_dir / ".lock").unlink(missing_ok=True)
             lock.release()

@@ -1,6 +1,8 @@
 """The loop, through the real command line on a 2-layer, 16-wide model, and its parts against plain PyTorch."""
 
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -8,6 +10,9 @@ import torch
 from conftest import read_json, read_lines
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
+
+import tracking
+import train
 
 LEARNS = ("--lr", "5e-3", "--epochs", "15", "--batch_size", "8")  # 6 of 6 seeds reach 0.9
 RESULT_KEYS = {
@@ -110,7 +115,6 @@ def no_dropout(tiny_model, tmp_path):
 @pytest.mark.parametrize("plain", [True, False])
 def test_a_step_is_the_mean_over_its_examples(no_dropout, tiny_data, plain):
     """Passes of 4, 4 and 2 rows give the gradient of one pass over the 10: no average of averages."""
-    import train
     from data import load_data
     from device import open_device
     from engine import make_engine
@@ -226,7 +230,6 @@ def test_the_saved_model_gives_the_recorded_probabilities(cli, method):
 
 
 def test_ctrl_c_ends_with_130_and_no_traceback(cli, monkeypatch):
-    import train
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -251,3 +254,24 @@ def test_what_the_user_got_wrong_is_one_line_and_leaves_nothing(cli, words, name
     line = err.strip().splitlines()[-1]
     assert line.startswith("error: ") and named in line and "Traceback" not in err
     assert not cli.runs.exists()
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_ctrl_c_while_the_trackers_close_changes_nothing(cli, monkeypatch, stopped):
+    """A run that was stopped says how to go on, one that was done is done."""
+    count = train.Progress.count
+
+    def counting(self, *facts) -> None:
+        count(self, *facts)
+        if stopped and self.global_step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def close(self, status: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.Progress, "count", counting)
+    monkeypatch.setattr(tracking.RunLogger, "close", close)
+    code, _, err = cli("--finetune", "--epochs", "1")
+    (run,) = cli.runs.iterdir()
+    assert code == (130 if stopped else 0) and (run / "result.json").exists() == (not stopped)
+    assert err.splitlines()[-1].endswith(f"--resume {run}") == stopped

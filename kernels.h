@@ -1,0 +1,166 @@
+// What the kernels share: bf16, fast functions, sums over rows, dropout, random bytes, and small matrix products.
+
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <numeric>
+#include <vector>
+
+#include <omp.h>
+
+using i64 = int64_t;
+
+struct bf16 {
+    uint16_t bits;
+};
+
+static inline float load(float x) { return x; }
+static inline float load(bf16 x) { return std::bit_cast<float>(uint32_t(x.bits) << 16); }
+static inline void store(float& to, float x) { to = x; }
+static inline void store(bf16& to, float x) {  // round to nearest, ties to even
+    uint32_t u = std::bit_cast<uint32_t>(x);
+    to.bits = uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+// exp to 2e-7 of its value (Cephes' polynomial), 0 below exp(-80), without branches: loops of it become vector code.
+static inline float fast_exp(float x) {
+    bool vanishes = x < -80.0f;
+    x = std::min(std::max(x, -80.0f), 88.0f);
+    float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // to the nearest whole number
+    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return vanishes ? 0.0f : std::bit_cast<float>(std::bit_cast<int32_t>(p) + (int32_t(n) << 23));
+}
+
+// The normal distribution's density and integral, the latter to 3e-7: the smooth ratio of the lower tail to exp(-x^2/2)
+// as a polynomial fitted on [0, 5.5] (beyond, the tail is below 2e-8). No division, no branch.
+struct Normal {
+    float density, integral;
+};
+static inline Normal normal(float x) {
+    const float ratio[] = {4.99999732e-1f,  -3.98930579e-1f, 2.49872848e-1f, -1.32381901e-1f,
+                           6.09727576e-2f,  -2.42187697e-2f, 7.97915645e-3f, -2.05724873e-3f,
+                           3.8795665e-4f,   -4.93209336e-5f, 3.72853992e-6f, -1.25557818e-7f};
+    float e = fast_exp(-0.5f * x * x), z = std::min(std::fabs(x), 5.5f), tail = ratio[11];
+#pragma GCC unroll 11
+    for (int i = 10; i >= 0; i--) tail = tail * z + ratio[i];
+    tail *= e;
+    return {0.39894228f * e, x < 0 ? tail : 1.0f - tail};
+}
+
+// Sums over rows, column by column, in a fixed order: each thread adds its rows, then the threads are added in turn.
+class ColumnSums {
+  public:
+    explicit ColumnSums(i64 columns) : columns(columns), parts(omp_get_max_threads() * columns, 0.0f) {}
+    float* mine() { return parts.data() + omp_get_thread_num() * columns; }
+    void put(float* to, i64 first, i64 count, bool add) {
+        if (!to) return;
+        for (i64 j = 0; j < count; j++) {
+            float sum = add ? to[j] : 0.0f;
+            for (size_t start = first; start < parts.size(); start += columns) sum += parts[start + j];
+            to[j] = sum;
+        }
+    }
+
+  private:
+    i64 columns;
+    std::vector<float> parts;
+};
+
+// Dropout: the element of a row in column j is kept where its random byte is at least limit[j] (see Draw).
+struct Dropout {
+    const int8_t *bits, *limit;  // both null: nothing is dropped
+    float scale;                 // 1 / (1 - p)
+
+    // to [n] = what is left of from [n], a row whose bytes begin at `start`.
+    template <class T>
+    void apply(i64 n, i64 start, const T* __restrict from, float* __restrict to) const {
+        const int8_t *__restrict random = bits + start, *__restrict least = limit;  // locals: to[j] is none of them
+        const float factor = scale;
+        if (bits)
+            for (i64 j = 0; j < n; j++) to[j] = random[j] >= least[j] ? load(from[j]) * factor : 0.0f;
+        else
+            for (i64 j = 0; j < n; j++) to[j] = load(from[j]);
+    }
+};
+
+// n random bytes, a multiple of 4: a counter mixed with the seed (the rounds of Ettinger's triple32), itself mixed
+// first (Vigna's splitmix64), so that like seeds give unlike bytes.
+static void random_bytes(i64 n, i64 seed, uint32_t* to) {
+    uint64_t z = uint64_t(seed) + 0x9e3779b97f4a7c15u;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    z ^= z >> 31;
+    const uint32_t low = uint32_t(z), high = uint32_t(z >> 32);
+#pragma omp parallel for simd schedule(static)
+    for (i64 i = 0; i < n / 4; i++) {
+        uint32_t x = uint32_t(i) * 0x9e3779b9u + low;
+        x ^= x >> 17, x *= 0xed5ad4bbu;
+        x ^= (x >> 11) + high, x *= 0xac4c1b51u;
+        x ^= x >> 15, x *= 0x31848babu;
+        to[i] = x ^ (x >> 14);
+    }
+}
+
+typedef float vec __attribute__((vector_size(64), aligned(4)));
+static const i64 WIDTH = 16;
+static i64 whole(i64 n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }
+
+// R rows and C vectors of c [m, n] = (c +) a [m, k] b [k, n]; a has any strides, b and c have rows of whole vectors.
+template <int R, int C, bool ADD>
+static inline void tile(i64 k, const float* a, i64 row, i64 column, const float* b, i64 ldb, float* c, i64 ldc) {
+    vec sum[R][C] = {};
+    if (ADD)
+        for (int x = 0; x < R; x++)
+            for (int y = 0; y < C; y++) sum[x][y] = *(const vec*)(c + x * ldc + y * WIDTH);
+    for (i64 p = 0; p < k; p++) {
+        vec right[C];
+        for (int y = 0; y < C; y++) right[y] = *(const vec*)(b + p * ldb + y * WIDTH);
+        for (int x = 0; x < R; x++)
+            for (int y = 0; y < C; y++) sum[x][y] += a[x * row + p * column] * right[y];
+    }
+    for (int x = 0; x < R; x++)
+        for (int y = 0; y < C; y++) *(vec*)(c + x * ldc + y * WIDTH) = sum[x][y];
+}
+
+template <int C, bool ADD>
+static void strip(i64 m, i64 k, const float* a, i64 row, i64 column, const float* b, i64 ldb, float* c, i64 ldc) {
+    i64 i = 0;
+    for (; i + 6 <= m; i += 6) tile<6, C, ADD>(k, a + i * row, row, column, b, ldb, c + i * ldc, ldc);
+    for (; i + 2 <= m; i += 2) tile<2, C, ADD>(k, a + i * row, row, column, b, ldb, c + i * ldc, ldc);
+    for (; i < m; i++) tile<1, C, ADD>(k, a + i * row, row, column, b, ldb, c + i * ldc, ldc);
+}
+
+template <bool ADD = false>
+static void product(i64 m, i64 n, i64 k, const float* a, i64 row, i64 column, const float* b, i64 ldb, float* c,
+                    i64 ldc) {
+    i64 j = 0;
+    for (; j + 2 * WIDTH <= n; j += 2 * WIDTH) strip<2, ADD>(m, k, a, row, column, b + j, ldb, c + j, ldc);
+    for (; j < n; j += WIDTH) strip<1, ADD>(m, k, a, row, column, b + j, ldb, c + j, ldc);
+}
+
+// [rows, d] of T, rows ld apart, plus shift -> float, rows of whole vectors; and transposed, rows ldt apart.
+template <class T>
+static void gather(i64 rows, i64 d, const T* __restrict from, i64 ld, const float* __restrict shift, float scale,
+                   float* __restrict to) {
+    for (i64 i = 0; i < rows; i++)
+        for (i64 j = 0; j < d; j++) to[i * whole(d) + j] = (load(from[i * ld + j]) + shift[j]) * scale;
+}
+static void transpose(i64 rows, i64 d, const float* __restrict from, float* __restrict to, i64 ldt) {
+    for (i64 i = 0; i < rows; i++)
+        for (i64 j = 0; j < d; j++) to[j * ldt + i] = from[i * whole(d) + j];
+}
+template <class T>
+static void scatter(i64 rows, i64 d, const float* __restrict from, float scale, T* __restrict to, i64 ld) {
+    for (i64 i = 0; i < rows; i++)
+        for (i64 j = 0; j < d; j++) store(to[i * ld + j], from[i * whole(d) + j] * scale);
+}

@@ -164,6 +164,8 @@ def against(points: list[tuple[str, str, float, float, float, float, bool]], lab
     axes.margins(x=0.25)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 1k, 10k, 1M
     axes.xaxis.set_minor_formatter(NullFormatter())
+    if np.ptp(np.log10(axes.get_xlim())) < 1:  # no power of ten may lie there
+        axes.xaxis.set_major_locator(MaxNLocator(4))
     _label_points(axes, named)
     return figure
 

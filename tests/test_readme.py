@@ -1,6 +1,7 @@
 """The README says what the program does."""
 
 import gzip
+import math
 import os
 import re
 import shlex
@@ -42,6 +43,16 @@ def test_every_mode_is_in_the_table_of_modes():
     (modes,) = [group for group in build_parser()._action_groups if group.title == "modes (exactly one)"]
     for action in modes._group_actions:
         assert f"`{action.option_strings[0]}" in table
+
+
+def test_every_file_is_in_the_table_of_the_code_and_imports_go_down_it():
+    lines = README[README.index("## The code") :].splitlines()
+    row = {name: number for number, line in enumerate(lines) for name in re.findall(r"`(\w+\.\w+)`", line)}
+    assert row.keys() == {path.name for path in ROOT.iterdir() if path.suffix in (".py", ".cpp", ".h")}
+    for name, place in row.items():
+        code = (ROOT / name).read_text(encoding="utf-8")
+        for imported in re.findall(r"^ *(?:from|import) (\w+)", code, flags=re.M):
+            assert row.get(f"{imported}.py", math.inf) >= place, f"{name} imports {imported}"
 
 
 def test_every_command_in_the_readme_parses():

@@ -69,8 +69,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
-    threads = torch.get_num_threads()
-    return f"{name} ({threads} thread{'s' * (threads > 1)})" if device.type == "cpu" else device.type
+    return f"{name} ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
 
 
 class PeakMemory:

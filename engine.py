@@ -144,6 +144,8 @@ class PlainEngine:
         self.frozen_prefix = frozen_prefix
         self.model, self.max_grad_norm, self.precision = model, max_grad_norm, precision
         self.distributed = accelerator.num_processes > 1
+        if accelerator.process_index:  # the weights are drawn; the dropout of each process is to be its own
+            torch.manual_seed(torch.initial_seed() + accelerator.process_index)
         self.trained = [p for p in model.parameters() if p.requires_grad]
         groups = [  # no decay for biases and layer norms, whatever their names
             {"params": [p for p in self.trained if p.ndim >= 2], "weight_decay": weight_decay},
@@ -184,7 +186,7 @@ class PlainEngine:
 
 @torch.inference_mode()
 def predict_probabilities(engine: Engine, split: TokenSplit, accelerator: Accelerator) -> np.ndarray:
-    """[n, classes] float64, in the order of the rows. Each row is computed once, by one of the processes."""
+    """[n, classes] float64, in the order of the rows. Each row counts once, from one of the processes."""
     engine.model.eval()
     engine.settle()
     world = accelerator.num_processes

@@ -143,3 +143,19 @@ def test_another_way_to_spread_a_model_is_declined(tiny_model, tiny_data, tmp_pa
     assert done.returncode == 2 and not (tmp_path / "runs").exists()
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("error: accelerate launch: ")
+
+
+def test_processes_on_the_plain_engine_drop_other_elements():
+    code = """
+import torch
+from types import SimpleNamespace
+from engine import PlainEngine
+model = torch.nn.Linear(2, 2)
+for process in (0, 1, 1):
+    torch.manual_seed(5)
+    PlainEngine(model, SimpleNamespace(num_processes=2, process_index=process), "", "fp32", 1e-3, 0.0, None, 0)
+    print(torch.rand(()).item())
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    main, other, again = done.stdout.split()
+    assert main != other and other == again

@@ -135,9 +135,7 @@ def open_run(job: Job, record: dict[str, Any], metrics_bytes: int = 0) -> Iterat
         status = "interrupted"
         raise
     finally:
-        with contextlib.suppress(
-            KeyboardInterrupt
-        ):  # wait no longer: how the block ended counts
+        with contextlib.suppress(KeyboardInterrupt):  # wait no longer: how the block ended counts
             logger.close(status)
         if accelerator.is_main_process:
             (run_dir / ".lock").unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ os.environ |= {
 for _secret in ("WANDB_API_KEY", "COMET_API_KEY"):
     os.environ.pop(_secret, None)
 
+pytest.register_assert_rewrite("standin_trackers")
 import standin_hub
 
 ROOT = Path(__file__).parent.parent
@@ -61,6 +63,36 @@ def cli(tiny_model, tiny_data, tmp_path, capsys):
 
     run.runs = tmp_path / "runs"
     return run
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def both_arithmetics(request, monkeypatch):
+    """What asks for this holds for the compiled kernels and for PyTorch's operations in their place."""
+    import kernels
+
+    if request.param == "torch":
+        monkeypatch.setattr(kernels, "library", lambda: None)
+    elif shutil.which("g++") is None:
+        pytest.skip("no compiler")
+    else:
+        assert kernels.library() is not None
+
+
+@pytest.fixture(scope="module")
+def clean_machine(tmp_path_factory):
+    """No settings of the user's, and an empty home, working and temporary folder, which must stay empty."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as env:
+        for name in list(os.environ):
+            if name.startswith(("WANDB_", "COMET_")) or name.lower().endswith("_proxy"):
+                env.delenv(name)
+        for name in ("HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME", "TMPDIR"):
+            env.setenv(name, str(home))
+        env.chdir(home)
+        yield
+    # but for matplotlib's font cache and the port number of a wandb that was killed as it started
+    left = [path for path in home.rglob("*") if path.is_file() and path.parent.name != "matplotlib"]
+    assert [path for path in left if not path.name.startswith("port-")] == []
 
 
 def command(*words: str, timeout: float = 120, **env: str) -> subprocess.CompletedProcess:

@@ -108,29 +108,3 @@ def test_a_model_folder_runs_no_code_of_its_own(tiny_model, tiny_data, tmp_path)
     done = command(*words, "--output_dir", str(tmp_path / "runs"))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("model.safetensors", b""),
-        ("model.safetensors", b"\x08\0\0\0\0\0\0\0{}      "),
-        ("model.safetensors", None),
-        ("tokenizer.json", b"{"),
-        ("tokenizer.json", None),
-        ("config.json", b"{"),
-        ("config.json", None),
-    ],
-)
-def test_a_damaged_model_folder_is_one_line(cli, tiny_model, tmp_path, name, content):
-    folder = tmp_path / "model"
-    folder.mkdir()
-    for path in tiny_model.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    (folder / name).unlink()
-    if content is not None:
-        (folder / name).write_bytes(content)
-    code, _, err = cli("--baseline", "--model", str(folder))
-    line = err.strip().splitlines()[-1]
-    assert code == 2 and line.startswith("error: --model") and "Traceback" not in err
-    assert not cli.runs.exists()

@@ -1,7 +1,6 @@
-"""The fast path against what it replaces: the Hugging Face and PEFT modules, autograd, torch.optim.AdamW."""
+"""The fast path against what it replaces: the Hugging Face and PEFT modules, and autograd."""
 
 import copy
-import shutil
 
 import pytest
 import torch
@@ -15,22 +14,11 @@ from transformers import (
     DistilBertForSequenceClassification,
 )
 
-import kernels
 from fast import FastClassifier, supports
 from linear import Draw
-from optim import FastAdamW, LazyTable
+from optim import FastAdamW
 
-
-@pytest.fixture(autouse=True, params=["compiled", "torch"])
-def layers(request, monkeypatch):
-    """Everything here holds for the compiled kernels and for PyTorch's operations in their place."""
-    if request.param == "torch":
-        monkeypatch.setattr(kernels, "library", lambda: None)
-    elif shutil.which("g++") is None:
-        pytest.skip("no compiler")
-    else:
-        assert kernels.library() is not None
-
+pytestmark = pytest.mark.usefixtures("both_arithmetics")
 
 TARGETS = ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"]
 HEAD = ["pre_classifier", "classifier"]
@@ -91,6 +79,18 @@ def _freeze(model: nn.Module, part: str) -> nn.Module:
     for name, p in model.named_parameters():
         p.requires_grad_(part not in name)
     return model
+
+
+def train_steps(fast: FastClassifier, optimizer: FastAdamW, steps: range) -> list[float]:
+    losses = []
+    for step in steps:
+        ids, lengths, labels = batch(step)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(fast(ids, lengths), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -202,115 +202,6 @@ def test_bf16_losses_follow_autocast(kind: str):
         assert loss.item() == pytest.approx(expected.item(), abs=0.03)
 
 
-def _dense_adamw(weight: nn.Parameter) -> torch.optim.AdamW:
-    return torch.optim.AdamW([weight], lr=1e-3, weight_decay=0.05, betas=(0.9, 0.999))
-
-
-@pytest.mark.parametrize("scale", [1e-8, 1e-4, 1.0])  # gradients near eps, usual, large
-def test_lazy_table_is_dense_adamw(scale: float):
-    """400 steps with a warm-up and decay, rows read rarely or often, gradients down to the size of eps."""
-    g = torch.Generator().manual_seed(0)
-    dense = nn.Parameter(torch.randn(40, 8, generator=g))
-    lazy_weight = nn.Parameter(dense.detach().clone())
-    optimizer = _dense_adamw(dense)
-    group = {"lr": 0.0, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.05}
-    lazy = LazyTable(lazy_weight, group)
-    start = dense.detach().clone()
-    for step in range(400):
-        group["lr"] = optimizer.param_groups[0]["lr"] = 1e-3 * min(step / 20, (400 - step) / 380)
-        rows = (torch.rand(40, generator=g) < torch.logspace(-2.5, 0, 40)).nonzero().view(-1)
-        grad = torch.randn(len(rows), 8, generator=g) * scale
-        lazy.catch_up(rows)
-        torch.testing.assert_close(lazy_weight[rows], dense[rows], atol=2e-6, rtol=1e-5)
-        dense.grad = torch.zeros_like(dense).index_add_(0, rows, grad)
-        optimizer.step()
-        lazy.apply(rows, grad, None)
-    lazy.flush()
-    assert (dense - start).abs().max() > 0.03  # it moved
-    torch.testing.assert_close(lazy_weight, dense, atol=2e-6, rtol=1e-5)
-    state = optimizer.state[dense]
-    torch.testing.assert_close(lazy.m, state["exp_avg"], rtol=1e-4, atol=1e-6 * scale)
-    torch.testing.assert_close(lazy.v, state["exp_avg_sq"], rtol=1e-4, atol=1e-6 * scale**2)
-
-
-@pytest.mark.parametrize("kind", ["full", "lora"])
-@pytest.mark.parametrize("max_norm", [0.5, None])
-def test_training_is_that_of_torch_adamw(kind: str, max_norm: float | None):
-    model = MODELS[kind]()
-    other = copy.deepcopy(model)
-    fast = FastClassifier(model, "fp32")
-    mine = FastAdamW(fast, lr=1e-3, weight_decay=0.1, max_grad_norm=max_norm)
-    trained = [p for p in other.parameters() if p.requires_grad]
-    theirs = torch.optim.AdamW(
-        [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": 0.1},
-         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}], lr=1e-3, eps=1e-6)  # fmt: skip
-    for group in mine.param_groups:
-        group["eps"] = 1e-6  # k_lin.bias has gradient 0 but for rounding: don't let Adam blow that up
-    warm = [torch.optim.lr_scheduler.LambdaLR(o, lambda s: min(1.0, s / 4)) for o in (mine, theirs)]
-    for step in range(12):
-        ids, lengths, labels = batch(step)
-        mine.zero_grad(), theirs.zero_grad()
-        F.cross_entropy(fast(ids, lengths), labels).backward()
-        F.cross_entropy(reference(other, ids, lengths), labels).backward()
-        norm = nn.utils.clip_grad_norm_(trained, max_norm or 1e9)
-        assert mine.step().item() == pytest.approx(norm.item(), rel=1e-4)
-        theirs.step()
-        [w.step() for w in warm]
-    mine.flush()
-    for (name, p), q in zip(model.named_parameters(), other.parameters()):
-        torch.testing.assert_close(p, q, atol=3e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
-
-
-def _train(fast: FastClassifier, optimizer: FastAdamW, steps: range) -> list[float]:
-    losses = []
-    for step in steps:
-        ids, lengths, labels = batch(step)
-        optimizer.zero_grad()
-        loss = F.cross_entropy(fast(ids, lengths), labels)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-@pytest.mark.parametrize("kind", ["full", "lora"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_resuming_is_bit_for_bit_and_saving_changes_nothing(kind: str, precision: str):
-    def fresh():
-        model = MODELS[kind](0.1)
-        fast = FastClassifier(model, precision)
-        return model, fast, FastAdamW(fast, lr=1e-2)
-
-    model, fast, optimizer = fresh()
-    torch.manual_seed(7)
-    _train(fast, optimizer, range(5))
-    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), torch.get_rng_state()))
-    expected = _train(fast, optimizer, range(5, 10))
-    resumed, fast2, optimizer2 = fresh()
-    resumed.load_state_dict(saved[0]), optimizer2.load_state_dict(saved[1]), torch.set_rng_state(saved[2])
-    assert _train(fast2, optimizer2, range(5, 10)) == expected
-    optimizer.flush(), optimizer2.flush()
-    for (name, p), q in zip(model.named_parameters(), resumed.parameters()):
-        assert torch.equal(p, q), name
-
-
-def test_micro_batches_add_up_and_zero_grad_starts_afresh():
-    model = tiny()
-    fast = FastClassifier(model, "fp32")
-    optimizer = FastAdamW(fast, lr=1e-3, max_grad_norm=None)
-    norms = []
-    for parts in ([slice(None)], [slice(3), slice(3, None)], [slice(None)]):
-        ids, lengths, labels = batch()
-        optimizer.zero_grad()
-        for part in parts:
-            (F.cross_entropy(fast(ids[part], lengths[part]), labels[part]) / len(parts)).backward()
-        norms.append((fast.arena.grad.clone(), optimizer._table_grad()))
-    for flat, (rows, table) in norms[1:]:
-        torch.testing.assert_close(flat, norms[0][0], atol=1e-6, rtol=1e-4)
-        assert torch.equal(rows, norms[0][1][0])
-        torch.testing.assert_close(table, norms[0][1][1], atol=1e-6, rtol=1e-4)
-
-
 @pytest.mark.parametrize("k", [1, 2])
 def test_cached_prefix_gives_the_same_training(k: int):
     def run(cached: bool) -> tuple[list[float], dict]:
@@ -340,7 +231,7 @@ def test_saving_and_loading_see_an_ordinary_model(tmp_path):
     model = tiny(0.1)
     fast = FastClassifier(model, "bf16")
     optimizer = FastAdamW(fast, lr=1e-2)
-    _train(fast, optimizer, range(4))
+    train_steps(fast, optimizer, range(4))
     optimizer.flush()
     model.save_pretrained(tmp_path)
     loaded = DistilBertForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32)
@@ -361,7 +252,7 @@ def test_lora_adapter_round_trip(tmp_path):
 
     model = adapted(tiny(), 0.1)
     fast = FastClassifier(model, "fp32")
-    _train(fast, FastAdamW(fast, lr=1e-2), range(4))
+    train_steps(fast, FastAdamW(fast, lr=1e-2), range(4))
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny(), tmp_path).eval()
     model.eval()

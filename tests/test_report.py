@@ -231,4 +231,8 @@ def test_the_committed_report_is_that_of_the_committed_records(cli, tmp_path):
     code, out, err = cli("--report", str(records), dataset=None)
     assert code == 0, err
     assert out == committed.read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    results = readme[readme.index("## Results") : readme.index("## Limits")]
+    tables = [line for line in results.splitlines() if line.startswith("|")]
+    assert tables and set(tables) <= set(out.splitlines())
     assert read_json(next(records.glob("**/*.run.json")))["format"] == 1

@@ -72,6 +72,7 @@ class Cell:
 
     name: str
     runs: tuple[Run, ...]
+    repeats: tuple[Run, ...] = ()  # of a seed on another device: they count for costs, not for quality
 
     @property
     def first(self) -> Run:
@@ -84,7 +85,7 @@ class Cell:
 
     def on(self, device: str) -> "Cell | None":
         """Its runs on one device, by name and number of threads; None if there are none. Costs compare only there."""
-        runs = tuple(run for run in self.runs if run.facts["device"] == device)
+        runs = tuple(run for run in (*self.runs, *self.repeats) if run.facts["device"] == device)
         return Cell(self.name, runs) if runs else None
 
     def val(self, key: str) -> float:
@@ -121,19 +122,24 @@ def read_runs(paths: list[Path]) -> list[Run]:
 def group_cells(runs: list[Run]) -> tuple[list[list[Cell]], list[str]]:
     """The cells of each (data set, test rows, encoder), and the names of runs that repeat another's cell and seed.
 
-    Methods come in a fixed order, so that the same runs give the same report, however they were named.
+    Of like runs the first counts, so that none can be chosen by its result. Methods come in a fixed order, so that the
+    same runs give the same report, however they were named.
     """
     groups: dict[tuple, dict[tuple, dict[int, Run]]] = {}
+    again: dict[int, list[Run]] = {}  # by the id of the cell's dict of seeds
     repeats = []
     for run in runs:
         test = (run.data["name"], run.data["fingerprints"]["test"], run.model["name"], run.model["fingerprint"])
         seeds = groups.setdefault(test, {}).setdefault(run.cell, {})
         if run.seed in seeds:
             repeats.append(run.name)
+            if run.facts["device"] != seeds[run.seed].facts["device"]:
+                again.setdefault(id(seeds), []).append(run)
         seeds.setdefault(run.seed, run)
     done = []
     for test in sorted(groups):
         cells = [tuple(seeds[seed] for seed in sorted(seeds)) for seeds in groups[test].values()]
+        others = [tuple(again.get(id(seeds), ())) for seeds in groups[test].values()]
         names = cell_names([some[0].config for some in cells])
         order = ("baseline", "full", "lora")
         keys = [
@@ -141,7 +147,7 @@ def group_cells(runs: list[Run]) -> tuple[list[list[Cell]], list[str]]:
             + (some[0].config["lr"], name)
             for some, name in zip(cells, names)
         ]
-        done.append([Cell(names[at], cells[at]) for at in sorted(range(len(cells)), key=keys.__getitem__)])
+        done.append([Cell(names[at], cells[at], others[at]) for at in sorted(range(len(cells)), key=keys.__getitem__)])
     return done, repeats
 
 

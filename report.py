@@ -29,7 +29,7 @@ def report(config: TrainConfig) -> None:
         say(f"wrote {len(export(runs, Path(config.export)))} records to {config.export}")
     groups, repeats = group_cells(runs)
     if repeats:
-        say(f"left out, since they repeat another run's cell and seed: {', '.join(repeats)}")
+        say(f"the first run of a cell and seed counts; for costs on other devices also {', '.join(repeats)}")
     blocks = build(groups, folder)
     text = markdown(blocks)
     (folder / "report.md").write_text(text, encoding="utf-8")
@@ -266,7 +266,7 @@ def cost_blocks(group: list[Cell], scores: dict[tuple, dict[str, stats.Scores]],
         "added by training (MB)",
     )
     head += (f"s to {goal:.2f} val. accuracy",)
-    devices = sorted({run.facts["device"] for cell in group for run in cell.runs})
+    devices = sorted({run.facts["device"] for cell in group for run in (*cell.runs, *cell.repeats)})
     several = len(devices) > 1
     timed = [cell.on(device) for cell in group for device in devices]
     rows = []

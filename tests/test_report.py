@@ -171,6 +171,20 @@ def verdicts(runs):
     return {number: claims.verdict(some) for number, some in findings(runs).items()}
 
 
+def test_a_seed_run_again_elsewhere_counts_for_costs_alone(studies):
+    def full(run):
+        return run.method == "full" and run.data["name"] == "rotten_tomatoes" and run.config["lr"] == 2e-5
+
+    before = findings(studies)
+    slow = [run for run in studies if run.seed > 1 or not full(run)]
+    (first,) = [run for run in studies if run not in slow and full(run)]
+    other = replace(first, facts=first.facts | {"device": "a quick machine"})
+    better = replace(first, predicted=first.rows.labels, facts=first.facts | {"train_seconds": 1e9})
+    again = findings([*slow, other, better])
+    assert again[1] == before[1]  # the run that came first
+    assert again[6][0].evidence.startswith("0% of full's") and not before[6][0].evidence.startswith("0%")
+
+
 def test_costs_are_told_for_each_device(studies, tmp_path):
     """Seed 1 ran on a slow machine: it has a row of its own, and no part in the other one's mean."""
     slow = {"device": "a slow machine", "train_seconds": 1e6}

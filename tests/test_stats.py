@@ -43,7 +43,7 @@ def _parts(seeds):
 
 @pytest.mark.parametrize("metric", ["accuracy", "precision"])
 @pytest.mark.parametrize(
-    ("seeds", "seed_effect"), [((1, 1), 0.0), ((5, 5), 0.0), ((5, 5), 0.1), ((3, 5), 0.1), ((3, 3), 0.2)]
+    ("seeds", "seed_effect"), [((1, 1), 0.0), ((5, 5), 0.0), ((5, 5), 0.1), ((3, 5), 0.1), ((3, 3), 0.2), ((2, 2), 0.1)]
 )
 def test_false_alarms_and_coverage(metric, seeds, seed_effect):
     """600 repetitions: where the true rate is 5%, two standard errors are 1.8%. An effect of 0.1 is 2.5 points between

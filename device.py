@@ -60,8 +60,10 @@ def _native_bf16(kind: str) -> bool:
 
 def arithmetic(device: torch.device, precision: str) -> str:
     """What, beside weights and input, decides the last bits of a result: for the keys of caches."""
-    compiled = device.type == "cpu" and kernels.library() is not None
-    return f"{precision}|{device.type}|{torch.__version__}|{'compiled' if compiled else 'torch'}"
+    by = ["torch"]
+    if device.type == "cpu" and kernels.library():
+        by = ["compiled", "tiles"] if kernels.tiles() else ["compiled"]
+    return "|".join([precision, device.type, torch.__version__, *by])
 
 
 def device_name(device: torch.device) -> str:

@@ -78,7 +78,8 @@ def make_engine(
 class FastEngine:
     """fast.py and optim.py: hand-written forward and backward, one flat gradient, lazy embedding rows.
 
-    On CPU what lies between the matrix products is compiled (kernels.py) where there is a compiler.
+    On CPU what lies between the matrix products is compiled (kernels.py) where there is a compiler, and the products
+    too where the processor has tile registers (tiles.py).
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class FastEngine:
     ) -> None:
         self.model, self.frozen_prefix = model, frozen_prefix
         self.classifier = fast.FastClassifier(model, precision, frozen_prefix)
-        self.name = "fast, compiled kernels" if self.classifier.compiled else "fast"
+        self.name = "fast" + ", compiled kernels" * self.classifier.compiled + " and products" * self.classifier.tiled
         self.optimizer = FastAdamW(self.classifier, lr=lr, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
         self.distributed = accelerator.num_processes > 1
 

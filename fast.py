@@ -13,6 +13,7 @@ import kernels
 from fused import FusedLayer
 from layers import Embedding, Layer, Shape, total
 from linear import Arena, Draw, base_layer
+from tiles import TiledMatrix
 
 SITES = ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin", "ffn.lin1", "ffn.lin2")
 
@@ -131,6 +132,7 @@ class FastClassifier:
         self.layers = [kind(self.arena, b, config, last=i + 1 == len(blocks)) for i, b in enumerate(blocks)]
         for layer, successor in pairwise(self.layers):
             layer.successor = successor
+        self.tiled = any(isinstance(layer.lin1.matrix, TiledMatrix) for layer in self.layers)
         self.frozen_prefix = frozen_prefix
         trained = [i for i, b in enumerate(blocks) if any(p.requires_grad for p in b.parameters())]
         self.first = -1 if self.embedding.trained else min(trained, default=len(blocks))  # lowest with a gradient

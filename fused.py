@@ -35,13 +35,13 @@ class FusedLoraLinear(LoraLinear):
         drop = draw.dropout((len(self.parts), n, self.width), self.p, wide.device, len(self.parts))
         kernels.call("lora_down", wide.dtype, n, self.width, self.r, len(self.parts), wide, wide.stride(0), self.turned,
                      *drop, h, wide.stride(0), h.shape[1] - self.block.shape[1])  # fmt: skip
-        y = wide @ self.wide.t()
+        y = self.matrix.forward(wide)
         return y.add_(self.bias) if bias else y, (wide, drop)
 
     def backward(self, dy: Tensor, saved: tuple, need_dx: bool = True, need_bias: bool = True) -> Tensor | None:
         (wide, drop), groups = saved, len(self.parts)
-        self.put_up(wide[:, self.width : self.width + self.block.shape[1]], dy)
-        base = dy @ self.wide
+        self.put_up(wide[:, self.width :], dy)
+        base = self.matrix.backward(dy)
         dx = base.new_empty(len(dy), self.width) if need_dx else None
         ddown = torch.empty_like(self.wide_down)
         kernels.call("lora_backward", dy.dtype, len(dy), self.width, self.r, groups, wide, wide.stride(0), self.padded,

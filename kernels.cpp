@@ -6,6 +6,7 @@
 // threads gives the same bits.
 
 #include "kernels.h"
+#include "products.h"
 
 // The products come without their biases, which are added here. All biases and sums of gradients are in float.
 
@@ -331,7 +332,8 @@ static void* const* table() {
     static void* const all[] = {(void*)add_norm<T>, (void*)add_norm_backward<T>, (void*)gelu<T>,
                                 (void*)gelu_backward<T>, (void*)attend<T>, (void*)attend_backward<T>,
                                 (void*)lora_down<T>, (void*)lora_backward<T>, (void*)column_sums<T>,
-                                (void*)square_sum<T>, (void*)random_bytes, (void*)adamw<T>};
+                                (void*)square_sum<T>, (void*)random_bytes, (void*)adamw<T>,
+                                (void*)tiles_allowed, (void*)pack_weight, (void*)multiply, (void*)gradient};
     return all;
 }
 

@@ -1,4 +1,6 @@
-"""kernels.cpp, compiled once for this machine and called with tensors. Without a compiler there is `library() is None`.
+"""kernels.cpp and products.h, compiled once for this machine and called with tensors.
+
+Without a compiler `library()` is None and PyTorch computes.
 
 The library is kept in the cache folder under a name that says all it was made from; nothing else is ever loaded.
 """
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from packaged import cache_dir
 
-SOURCES = [Path(__file__).with_name(name) for name in ("kernels.cpp", "kernels.h")]
+SOURCES = [Path(__file__).with_name(name) for name in ("kernels.cpp", "kernels.h", "products.h")]
 FLAGS = ["-std=c++20", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
          "-mprefer-vector-width=512", "-shared", "-fPIC"]  # fmt: skip
 SIGNATURES = {  # i: int64, p: pointer, f: float, b: bool; in the order of kernels.cpp's table
@@ -36,7 +38,12 @@ SIGNATURES = {  # i: int64, p: pointer, f: float, b: bool; in the order of kerne
     "square_sum": "ip",
     "random_bytes": "iip",
     "adamw": "ippppp" + "ffffffff",
+    "tiles_allowed": "",
+    "pack_weight": "iiippp",
+    "multiply": "iiipippi",
+    "gradient": "iiipipip",
 }
+RESULTS = {"square_sum": ctypes.c_double, "tiles_allowed": ctypes.c_bool}
 TYPES = {"i": ctypes.c_int64, "p": ctypes.c_void_p, "f": ctypes.c_float, "b": ctypes.c_bool}
 NAMES = {torch.bfloat16: "bf16", torch.float32: "float"}
 
@@ -85,9 +92,15 @@ def library() -> dict[tuple[str, torch.dtype], Callable[..., float | None]] | No
         table = found[f"kernels_{suffix}"]
         table.restype = ctypes.POINTER(ctypes.c_void_p * len(SIGNATURES))
         for address, (name, signature) in zip(table().contents, SIGNATURES.items()):
-            result = ctypes.c_double if name == "square_sum" else None
-            functions[name, dtype] = ctypes.CFUNCTYPE(result, *(TYPES[letter] for letter in signature))(address)
+            kind = ctypes.CFUNCTYPE(RESULTS.get(name), *(TYPES[letter] for letter in signature))
+            functions[name, dtype] = kind(address)
     return functions
+
+
+@functools.cache
+def tiles() -> bool:
+    """Whether bf16 products can run on the processor's tile registers (products.h)."""
+    return library() is not None and bool(call("tiles_allowed", torch.bfloat16))
 
 
 def call(name: str, dtype: torch.dtype, *values: Tensor | float | None) -> float | None:

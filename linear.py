@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
+from tiles import gradient, matrix
 
 Dropout = tuple[Tensor | None, Tensor | None, float]  # random bytes, limits, 1 / (1 - p)
 
@@ -55,7 +56,8 @@ class Arena:
             p.data = self.view(self.flat, [p])
             start += p.numel()
         self.grads = [(p, self.view(self.grad, [p])) for p in self.decayed + self.plain]
-        self.listeners: list = []  # called after `compute` changed
+        self.listeners: list = []  # called after a step changed `compute`
+        self.reloads: list = []  # called after anything may have changed it
         self.versions = self._versions()
         self.reset_grad()
 
@@ -100,12 +102,12 @@ class Arena:
     def put_matrix(self, target: tuple[Tensor, Tensor], value: Tensor) -> None:
         self.put(target[0] if self.fresh else target[1], value)
 
-    def put_product(self, target: tuple[Tensor, Tensor], a: Tensor, b: Tensor) -> None:
-        """target (+)= a @ b."""
+    def put_product(self, target: tuple[Tensor, Tensor], dy: Tensor, x: Tensor) -> None:
+        """target (+)= dy^T x."""
         if self.fresh:
-            torch.mm(a, b, out=target[0])
+            gradient(dy, x, out=target[0])
         else:
-            target[1].add_(a @ b)
+            target[1].add_(gradient(dy, x))
 
     def _versions(self) -> int:
         return sum(p._version for p in self.params)
@@ -122,6 +124,8 @@ class Arena:
         """After somebody else wrote to the parameters (load_state_dict, another optimiser)."""
         if self.versions != self._versions():
             self.compute.copy_(self.flat)
+            for listener in self.reloads:
+                listener()
             self.sync(copied=True)
 
 
@@ -180,6 +184,12 @@ class Linear:
         self.weight, self.bias = arena.view(arena.compute, weights), arena.view(arena.compute, biases)
         self.wide_bias = arena.view(arena.flat, biases)
         self.dweight, self.dbias = arena.matrix_grad(weights), arena.grad_view(biases)
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Make the matrix of the products, and have it follow the weights."""
+        self.matrix = matrix(self.weight)
+        (self.arena.reloads if self.dweight is None else self.arena.listeners).append(self.matrix.pack)
 
     def buffer(self, n: int) -> tuple[Tensor, Tensor]:
         """What `forward` takes, and the part of it [n, in] the caller fills."""
@@ -188,14 +198,14 @@ class Linear:
 
     def forward(self, x: Tensor, draw: Draw, bias: bool = True) -> tuple[Tensor, tuple]:
         """[N, out]. The kernels add the bias themselves: inside the product it costs 75 to 400 us."""
-        return torch.addmm(self.bias, x, self.weight.t()) if bias else x @ self.weight.t(), (x,)
+        return torch.addmm(self.bias, x, self.weight.t()) if bias else self.matrix.forward(x), (x,)
 
     def backward(self, dy: Tensor, saved: tuple, need_dx: bool = True, need_bias: bool = True) -> Tensor | None:
         if self.dweight is not None:
-            self.arena.put_product(self.dweight, dy.t(), saved[0])
+            self.arena.put_product(self.dweight, dy, saved[0])
             if need_bias:
                 self.arena.put(self.dbias, dy.sum(0))
-        return dy @ self.weight if need_dx else None  # [N, in]
+        return self.matrix.backward(dy) if need_dx else None  # [N, in]
 
 
 class LoraLinear(Linear):
@@ -221,9 +231,14 @@ class LoraLinear(Linear):
         self.block = self.weight.new_zeros(out, rank)  # scaling * B of each part, block by block
         self.width, padding = width, -rank % 32  # whole tiles
         self.joint = width <= out  # else the copy into the longer input costs more than a second product
-        self.wide = torch.cat([self.weight, self.block, self.weight.new_zeros(out, padding)], 1)
+        self.wide = self.weight.new_zeros(out, width + rank + padding)
+        self.matrix = matrix(self.wide)
+        arena.reloads.append(self.reload)
         arena.listeners.append(self.refresh)
-        self.refresh()
+        self.reload()
+
+    def prepare(self) -> None:
+        """Nothing: the matrix is made of `wide`."""
 
     def slots(self):
         """(part, its rows of the output, its columns of the block)."""
@@ -231,10 +246,16 @@ class LoraLinear(Linear):
         for g, i in enumerate(self.parts):
             yield g, slice(i * out, (i + 1) * out), slice(g * self.r, (g + 1) * self.r)
 
+    def reload(self) -> None:
+        self.wide[:, : self.width] = self.weight
+        self.matrix.pack()
+        self.refresh()
+
     def refresh(self) -> None:
         for g, rows, columns in self.slots():
             torch.mul(self.up[g], self.scaling[g], out=self.block[rows, columns])
         self.wide[:, self.width : self.width + self.block.shape[1]] = self.block
+        self.matrix.pack(self.width)
 
     def buffer(self, n: int) -> tuple[Tensor, Tensor]:
         if not self.joint:
@@ -253,12 +274,12 @@ class LoraLinear(Linear):
             y = (x @ self.weight.t()).addmm_(h, self.block.t())
         else:
             wide[:, self.width : self.width + h.shape[1]] = h
-            y = wide @ self.wide.t()
+            y = self.matrix.forward(wide)
         return y.add_(self.bias) if bias else y, (h, xd, keep)
 
     def put_up(self, h: Tensor, dy: Tensor) -> None:
-        """The gradients of the matrices B. h: [N, G r], dy: [N, out]."""
-        dup = h.t() @ dy  # [G r, out], of which the blocks count
+        """The gradients of the matrices B. h: [N, G r] and columns of no account, dy: [N, out]."""
+        dup = gradient(h, dy)  # [G r, out], of which the blocks count
         for g, rows, columns in self.slots():
             self.arena.put_matrix(self.dup[g], dup[columns, rows].t() * self.scaling[g])
 

@@ -24,11 +24,11 @@ TARGETS = ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"]
 HEAD = ["pre_classifier", "classifier"]
 
 
-def tiny(dropout: float = 0.0, layers: int = 2, **config) -> nn.Module:
+def tiny(dropout: float = 0.0, layers: int = 2, dim: int = 16, **config) -> nn.Module:
     torch.manual_seed(0)
     config = DistilBertConfig(
-        vocab_size=60, dim=16, hidden_dim=32, n_layers=layers, n_heads=2, max_position_embeddings=20, num_labels=3,
-        dropout=dropout, attention_dropout=dropout, seq_classif_dropout=dropout, **config,
+        vocab_size=60, dim=dim, hidden_dim=2 * dim, n_layers=layers, n_heads=2, num_labels=3,
+        dropout=dropout, attention_dropout=dropout, seq_classif_dropout=dropout, max_position_embeddings=20, **config,
     )  # fmt: skip
     model = DistilBertForSequenceClassification(config)
     for p in model.parameters():  # far from the near-zero initialisation, where every mistake looks small

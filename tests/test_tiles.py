@@ -1,0 +1,105 @@
+"""Products on the processor's tile registers, against the same in double precision and against PyTorch's."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_fast import adapted, batch, tiny
+
+import kernels
+from fast import FastClassifier
+from tiles import Matrix, TiledMatrix, gradient, matrix
+
+pytestmark = pytest.mark.skipif(not kernels.tiles(), reason="no tile registers or no compiler")
+
+ROUNDING = 2**-8  # of bf16, to nearest
+
+
+def numbers(*shape: int) -> torch.Tensor:
+    return torch.randn(shape).bfloat16()
+
+
+def assert_rounded(found: torch.Tensor, exact: torch.Tensor) -> None:
+    """As the exact result rounded to bf16, but for the fp32 rounding of the sums."""
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), exact, rtol=ROUNDING, atol=1e-4 * exact.abs().max().item())
+
+
+@pytest.mark.parametrize("n", [1, 16, 17, 31, 32, 45, 208, 433])
+@pytest.mark.parametrize(("out", "width"), [(32, 64), (96, 32), (64, 384)])
+def test_products_are_exact_to_rounding(n: int, out: int, width: int):
+    torch.manual_seed(n)
+    w, x, dy = numbers(out, width), numbers(n, width), numbers(n, out)
+    made = matrix(w)
+    assert isinstance(made, TiledMatrix)
+    assert_rounded(made.forward(x), x.double() @ w.double().t())
+    assert_rounded(made.backward(dy), dy.double() @ w.double())
+    assert_rounded(gradient(dy, x), dy.double().t() @ x.double())
+
+
+def test_rows_may_be_parts_of_longer_ones():
+    w, x, dy = numbers(64, 32), numbers(40, 96)[:, 32:64], numbers(40, 100)[:, 5:69]
+    assert_rounded(matrix(w).forward(x), x.double() @ w.double().t())
+    assert_rounded(gradient(dy, x), dy.double().t() @ x.double())
+
+
+def test_columns_packed_anew_are_all_that_changes():
+    w, x = numbers(64, 96), numbers(20, 96)
+    made = matrix(w)
+    w[:] = numbers(64, 96)
+    before = made.forward(x)
+    made.pack(64)
+    change = made.forward(x).double() - before.double()
+    assert change.abs().max() > 1
+    made.pack()
+    assert_rounded(made.forward(x), x.double() @ w.double().t())
+
+
+def test_the_number_of_threads_does_not_change_a_bit():
+    w, x, dy = numbers(96, 64), numbers(333, 64), numbers(333, 96)
+    found, threads = [], torch.get_num_threads()
+    try:
+        for number in (1, 2, 3, 7):
+            torch.set_num_threads(number)
+            found.append((matrix(w).forward(x), matrix(w).backward(dy), gradient(dy, x)))
+    finally:
+        torch.set_num_threads(threads)
+    for others in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], others))
+
+
+@pytest.mark.parametrize("width", [24, 40])
+def test_other_widths_are_left_to_pytorch(width: int):
+    assert type(matrix(numbers(64, width))) is Matrix and type(matrix(numbers(width, 64))) is Matrix
+    assert type(matrix(torch.randn(64, 64))) is Matrix
+    x, dy = numbers(10, width), numbers(10, 64)
+    torch.testing.assert_close(gradient(dy, x), dy.t() @ x)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda p: tiny(p, dim=32), lambda p: adapted(tiny(p, dim=32), p)], ids=["full", "lora"]
+)
+def test_three_steps_are_those_without_tiles(monkeypatch, make):
+    """Also after others wrote to the weights: what is packed follows."""
+    one = make(0.1)
+    models, found = (one, copy.deepcopy(one)), []
+    ids, lengths, labels = batch()
+    for tiles, model in zip((True, False), models):
+        if not tiles:
+            monkeypatch.setattr(kernels, "tiles", lambda: False)
+        fast = FastClassifier(model, "bf16")
+        assert type(fast.layers[0].lin1.matrix) is (TiledMatrix if tiles else Matrix)
+        grads = []
+        for step in range(3):
+            torch.manual_seed(step)
+            fast.arena.reset_grad()
+            F.cross_entropy(fast(ids, lengths), labels).backward()
+            fast.arena.widen()
+            grads.append(fast.arena.grad.clone())
+            with torch.no_grad():
+                for p in model.parameters():  # of frozen ones too
+                    p.mul_(1.1 + 0.1 * step)
+        found.append(grads)
+    for on, off in zip(*found):
+        assert F.cosine_similarity(on, off, dim=0) > 0.999

@@ -5,6 +5,7 @@
 // torch: the OpenMP runtime it has loaded serves this library too. Nothing depends on timing, so the same number of
 // threads gives the same bits.
 
+#include "adamw.h"
 #include "kernels.h"
 #include "products.h"
 
@@ -295,44 +296,14 @@ static void column_sums(i64 n, i64 d, const T* x, float* to, bool add) {
     sums.put(to, 0, d, add);
 }
 
-template <class T>
-static double square_sum(i64 n, const T* x) {
-    const i64 block = 4096;
-    std::vector<float> parts((n + block - 1) / block);
-#pragma omp parallel for schedule(static)
-    for (i64 part = 0; part < i64(parts.size()); part++) {
-        float sum = 0;
-        i64 start = part * block, end = std::min(n, start + block);
-#pragma omp simd reduction(+ : sum)
-        for (i64 i = start; i < end; i++) sum += load(x[i]) * load(x[i]);
-        parts[part] = sum;
-    }
-    return std::accumulate(parts.begin(), parts.end(), 0.0);
-}
-
-// torch.optim.AdamW's update of p [n] for the gradient g * scale, with the copy of p for the next step's products.
-template <class T>
-static void adamw(i64 n, float* p, const T* g, float* m, float* v, bf16* copy, float scale, float lr, float beta1,
-                  float beta2, float eps, float decay, float correction1, float root_correction2) {
-    float step = lr / correction1;
-#pragma omp parallel for simd schedule(static)
-    for (i64 i = 0; i < n; i++) {
-        float grad = load(g[i]) * scale;
-        m[i] += (1 - beta1) * (grad - m[i]);
-        v[i] = beta2 * v[i] + (1 - beta2) * grad * grad;
-        float at = p[i] * (1 - lr * decay) - step * m[i] / (std::sqrt(v[i]) / root_correction2 + eps);
-        p[i] = at;
-        if (copy) store(copy[i], at);
-    }
-}
-
 // In the order of kernels.SIGNATURES.
 template <class T>
 static void* const* table() {
     static void* const all[] = {(void*)add_norm<T>, (void*)add_norm_backward<T>, (void*)gelu<T>,
                                 (void*)gelu_backward<T>, (void*)attend<T>, (void*)attend_backward<T>,
                                 (void*)lora_down<T>, (void*)lora_backward<T>, (void*)column_sums<T>,
-                                (void*)square_sum<T>, (void*)random_bytes, (void*)adamw<T>,
+                                (void*)square_sum<T>, (void*)random_bytes, (void*)adamw<T>, (void*)adamw_packed<T>,
+                                (void*)adamw_rows, (void*)adamw_skipped,
                                 (void*)tiles_allowed, (void*)pack_weight, (void*)multiply, (void*)gradient};
     return all;
 }

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from packaged import cache_dir
 
-SOURCES = [Path(__file__).with_name(name) for name in ("kernels.cpp", "kernels.h", "products.h")]
+SOURCES = [Path(__file__).with_name(name) for name in ("kernels.cpp", "kernels.h", "adamw.h", "products.h")]
 FLAGS = ["-std=c++20", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
          "-mprefer-vector-width=512", "-shared", "-fPIC"]  # fmt: skip
 SIGNATURES = {  # i: int64, p: pointer, f: float, b: bool; in the order of kernels.cpp's table
@@ -38,6 +38,9 @@ SIGNATURES = {  # i: int64, p: pointer, f: float, b: bool; in the order of kerne
     "square_sum": "ip",
     "random_bytes": "iip",
     "adamw": "ippppp" + "ffffffff",
+    "adamw_packed": "iipppppp" + "ffffffff",
+    "adamw_rows": "iippppp" + "ffffffff",
+    "adamw_skipped": "iippipf" + "ppp",
     "tiles_allowed": "",
     "pack_weight": "iiippp",
     "multiply": "iiipippi",

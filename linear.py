@@ -4,13 +4,14 @@ Shapes: N tokens, D width, r rank.
 """
 
 import math
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 import kernels
-from tiles import gradient, matrix
+from tiles import TiledMatrix, gradient, matrix
 
 Dropout = tuple[Tensor | None, Tensor | None, float]  # random bytes, limits, 1 / (1 - p)
 
@@ -56,6 +57,7 @@ class Arena:
             p.data = self.view(self.flat, [p])
             start += p.numel()
         self.grads = [(p, self.view(self.grad, [p])) for p in self.decayed + self.plain]
+        self.packed: dict[int, TiledMatrix] = {}  # trained ones by their place in `flat`; who changes them packs them
         self.listeners: list = []  # called after a step changed `compute`
         self.reloads: list = []  # called after anything may have changed it
         self.versions = self._versions()
@@ -95,6 +97,21 @@ class Arena:
         places = [slice(start, end) for start, end in pairwise(cuts) if start < end]
         return [(at, self.half if at.start == 0 and not self.widened else self.grad[at]) for at in places]
 
+    def pieces(self) -> Iterator[tuple[slice, Tensor, TiledMatrix | None]]:
+        """`parts`, cut where packed matrices begin and end: (place, gradient, the matrix at it)."""
+        for at, part in self.parts():
+            start = at.start
+            while start < at.stop:
+                matrix = self.packed.get(start)
+                later = [first for first in self.packed if start < first < at.stop]
+                stop = start + matrix.w.numel() if matrix else min(later, default=at.stop)
+                yield slice(start, stop), part[start - at.start : stop - at.start], matrix
+                start = stop
+
+    def pack(self) -> None:
+        for packed in self.packed.values():
+            packed.pack()
+
     def put(self, target: Tensor | None, value: Tensor) -> None:
         if target is not None:
             target.copy_(value) if self.fresh else target.add_(value)
@@ -116,6 +133,7 @@ class Arena:
         """Refresh the bf16 copy once a step, where autocast casts at every use. copied: the optimiser did it."""
         if self.compute is not self.flat and not copied:
             self.compute[: self.trained].copy_(self.flat[: self.trained])
+            self.pack()
         for listener in self.listeners:
             listener()
         self.versions = self._versions()
@@ -124,6 +142,7 @@ class Arena:
         """After somebody else wrote to the parameters (load_state_dict, another optimiser)."""
         if self.versions != self._versions():
             self.compute.copy_(self.flat)
+            self.pack()
             for listener in self.reloads:
                 listener()
             self.sync(copied=True)
@@ -189,7 +208,10 @@ class Linear:
     def prepare(self) -> None:
         """Make the matrix of the products, and have it follow the weights."""
         self.matrix = matrix(self.weight)
-        (self.arena.reloads if self.dweight is None else self.arena.listeners).append(self.matrix.pack)
+        if self.dweight is None:
+            self.arena.reloads.append(self.matrix.pack)
+        elif isinstance(self.matrix, TiledMatrix):
+            self.arena.packed[self.weight.storage_offset()] = self.matrix
 
     def buffer(self, n: int) -> tuple[Tensor, Tensor]:
         """What `forward` takes, and the part of it [n, in] the caller fills."""

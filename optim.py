@@ -12,28 +12,38 @@ import torch.distributed as dist
 from torch import Tensor
 
 import kernels
+from tiles import TiledMatrix
 
 NODES = 5  # quadrature nodes: the skipped updates' sum to 1e-4 for a row last read at step 1, 6e-8 from step 20 on
 
 
+def kernel_rule(step: int, group: dict, scale: Tensor | None) -> tuple[float, ...]:
+    """The numbers of one update as the kernels take them."""
+    beta1, beta2 = group["betas"]
+    return (1.0 if scale is None else 1 / float(scale), group["lr"], beta1, beta2, group["eps"], group["weight_decay"],
+            1 - beta1**step, math.sqrt(1 - beta2**step))  # fmt: skip
+
+
 def adamw(
     p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int, group: dict, scale: Tensor | None,
-    copy: Tensor | None = None, compiled: bool = False,
+    copy: Tensor | TiledMatrix | None = None, compiled: bool = False,
 ) -> None:  # fmt: skip
     """One AdamW update of flat fp32 tensors in place; `g` is divided by `scale` first (clipping for free).
 
-    compiled: by the kernel, which reads `g` in fp32 or bf16 and leaves the new `p` in `copy` (bf16) as well.
+    compiled: by the kernel, which reads `g` in fp32 or bf16 and leaves the new `p` in `copy` (bf16) as well, or
+    packed in the matrix that `p` is.
     """
-    (beta1, beta2), lr = group["betas"], group["lr"]
     if compiled:
-        corrections = 1 - beta1**step, math.sqrt(1 - beta2**step)
-        inverse = 1.0 if scale is None else 1 / float(scale)
-        kernels.call("adamw", g.dtype, p.numel(), p, g, m, v, copy, inverse, lr, beta1, beta2, group["eps"],
-                     group["weight_decay"], *corrections)  # fmt: skip
+        rule = kernel_rule(step, group, scale)
+        if isinstance(copy, TiledMatrix):
+            kernels.call("adamw_packed", g.dtype, *copy.w.shape, p, g, m, v, copy.packed, copy.packed_back, *rule)
+        else:
+            kernels.call("adamw", g.dtype, p.numel(), p, g, m, v, copy, *rule)
         return
+    beta1, beta2 = group["betas"]
     torch._fused_adamw_(
         [p], [g], [m], [v], [], [torch.tensor(float(step), device=p.device)],
-        lr=lr, beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"],
+        lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"],
         eps=group["eps"], amsgrad=False, maximize=False, grad_scale=scale, found_inf=None,
     )  # fmt: skip
 
@@ -81,8 +91,8 @@ class LazyTable:
     update of 11.7M entries read and write about 400 MB.
     """
 
-    def __init__(self, weight: Tensor, group: dict):
-        self.weight, self.group = weight, group
+    def __init__(self, weight: Tensor, group: dict, compiled: bool = False):
+        self.weight, self.group, self.compiled = weight, group, compiled
         self.m, self.v = torch.zeros_like(weight), torch.zeros_like(weight)
         self.last = torch.zeros(len(weight), dtype=torch.int64)  # the step each row is up to date with
         self.step = 0
@@ -112,8 +122,13 @@ class LazyTable:
             return
         rows = rows[stale.to(rows.device)]
         distinct, index = np.unique(last[stale].numpy(), return_inverse=True)
-        table = np.concatenate(self.skipped(distinct), 1).astype(np.float32)[index]  # [U, 3 + 2n]
-        decay, decay_m, decay_v, *rule = torch.from_numpy(table).to(self.weight.device).split(1, 1)
+        table = np.concatenate(self.skipped(distinct), 1).astype(np.float32)  # [distinct, 3 + 2n]
+        if self.compiled:
+            kernels.call("adamw_skipped", torch.float32, len(rows), self.weight.shape[1], rows, torch.from_numpy(index),
+                         NODES, torch.from_numpy(table), self.group["eps"], self.weight, self.m, self.v)  # fmt: skip
+            self.last[rows] = self.step
+            return
+        decay, decay_m, decay_v, *rule = torch.from_numpy(table[index]).to(self.weight.device).split(1, 1)
         m, v = self.m[rows], self.v[rows]  # [U, D]
         root, total = v.sqrt(), torch.zeros_like(m)
         for x, w in zip(rule[:NODES], rule[NODES:]):
@@ -131,9 +146,13 @@ class LazyTable:
         self.lrs[self.step] = self.group["lr"]
         self.logs[self.step + 1] = self.logs[self.step] + math.log1p(-self.group["lr"] * self.group["weight_decay"])
         self.step += 1
-        p, m, v = self.weight.data[rows], self.m[rows], self.v[rows]
-        adamw(p, grad, m, v, self.step, self.group, scale)
-        self.weight.data[rows], self.m[rows], self.v[rows] = p, m, v
+        if self.compiled:
+            kernels.call("adamw_rows", torch.float32, *grad.shape, rows, self.weight, grad, self.m, self.v,
+                         *kernel_rule(self.step, self.group, scale))  # fmt: skip
+        else:
+            p, m, v = self.weight.data[rows], self.m[rows], self.v[rows]
+            adamw(p, grad, m, v, self.step, self.group, scale)
+            self.weight.data[rows], self.m[rows], self.v[rows] = p, m, v
         self.last[rows.cpu()] = self.step
 
     def flush(self) -> None:
@@ -174,7 +193,7 @@ class FastAdamW(torch.optim.Optimizer):
         super().__init__([g for g in groups if g["params"]], {"lr": lr, "betas": tuple(betas), "eps": eps})
         self.m, self.v = torch.zeros_like(self.arena.grad), torch.zeros_like(self.arena.grad)
         self.steps, self.compiled = 0, fast.compiled
-        self.lazy = LazyTable(fast.table, self.param_groups[0]) if table else None
+        self.lazy = LazyTable(fast.table, self.param_groups[0], self.compiled) if table else None
         fast.attach(self.lazy)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -205,8 +224,7 @@ class FastAdamW(torch.optim.Optimizer):
     def step(self, closure=None) -> Tensor:
         if not self.compiled:
             self.arena.widen()
-        parts = self.arena.parts()
-        square = sum(square_sum(part, self.compiled) for _, part in parts)
+        square = sum(square_sum(part, self.compiled) for _, part in self.arena.parts())
         if self.lazy:
             rows, grad = self._table_grad()
             square = square + square_sum(grad.view(-1), self.compiled)
@@ -217,9 +235,11 @@ class FastAdamW(torch.optim.Optimizer):
         if self.max_grad_norm is not None:  # AdamW divides by `scale` as it reads: clipping costs no pass
             scale = ((norm + 1e-6) / self.max_grad_norm).clamp(min=1.0)
         self.steps += 1
-        for at, part in parts:
+        for at, part, matrix in self.arena.pieces():
             group = self.param_groups[0 if at.stop <= self.arena.decayed_size else -1]
-            copy = self.arena.compute[at] if self.compiled and self.arena.compute is not self.arena.flat else None
+            copy = matrix
+            if matrix is None and self.compiled and self.arena.compute is not self.arena.flat:
+                copy = self.arena.compute[at]
             adamw(self.arena.flat[at], part, self.m[at], self.v[at], self.steps, group, scale, copy, self.compiled)
         if self.lazy:
             self.lazy.apply(rows, grad, scale)

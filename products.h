@@ -116,7 +116,14 @@ static void multiply(i64 m, i64 n, i64 k, const bf16* a, i64 lda, const bf16* b,
     }
 }
 
+// AWAY: past the caches, for what is read much later.
+template <bool AWAY>
+static inline void put(bf16* to, __m512i x) {
+    AWAY ? _mm512_stream_si512((__m512i*)to, x) : _mm512_store_si512(to, x);
+}
+
 // from [32, 32], rows ld apart, of which `rows` are there and zeros follow -> two neighbouring tiles.
+template <bool AWAY = false>
 static inline void pack_tiles(const bf16* from, i64 ld, i64 rows, bf16* left, bf16* right) {
     alignas(64) static const struct Orders {
         uint16_t low[32], high[32];
@@ -130,12 +137,13 @@ static inline void pack_tiles(const bf16* from, i64 ld, i64 rows, bf16* left, bf
         __m512i even = _mm512_setzero_si512(), odd = even;
         if (2 * p < rows) even = _mm512_loadu_si512(from + 2 * p * ld);
         if (2 * p + 1 < rows) odd = _mm512_loadu_si512(from + (2 * p + 1) * ld);
-        _mm512_store_si512(left + p * DEEP, _mm512_permutex2var_epi16(even, low, odd));
-        _mm512_store_si512(right + p * DEEP, _mm512_permutex2var_epi16(even, high, odd));
+        put<AWAY>(left + p * DEEP, _mm512_permutex2var_epi16(even, low, odd));
+        put<AWAY>(right + p * DEEP, _mm512_permutex2var_epi16(even, high, odd));
     }
 }
 
 // 16 x 16 pairs, rows ld numbers apart, transposed: rows of a left operand become a tile of a right one, or back.
+template <bool AWAY = false>
 static inline void turn_tile(const bf16* from, i64 ld, bf16* to) {
     __m512i r[16], s[16];
     for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(from + i * ld);
@@ -153,23 +161,25 @@ static inline void turn_tile(const bf16* from, i64 ld, bf16* to) {
         s[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
     }
     for (int i = 0; i < 8; i++) {
-        _mm512_store_si512(to + i * DEEP, _mm512_shuffle_i32x4(s[i], s[i + 8], 0x88));
-        _mm512_store_si512(to + (i + 8) * DEEP, _mm512_shuffle_i32x4(s[i], s[i + 8], 0xdd));
+        put<AWAY>(to + i * DEEP, _mm512_shuffle_i32x4(s[i], s[i + 8], 0x88));
+        put<AWAY>(to + (i + 8) * DEEP, _mm512_shuffle_i32x4(s[i], s[i + 8], 0xdd));
     }
 }
 
-// The columns from `first` on of a weight w [out, in], packed as the right operand of x w^T, `forward`, and of dy w,
-// `backward`. All are multiples of 32.
+// Columns from `first` on of 32 rows of a weight w [out, in], those from row `o` on, packed as the right operand of
+// x w^T, `forward`, and of dy w, `backward`. All are multiples of 32.
+static inline void pack_rows(i64 o, i64 out, i64 in, i64 first, const bf16* rows, bf16* forward, bf16* backward) {
+    for (i64 i = first; i < in; i += 32) {
+        for (i64 half = 0; half < 2; half++)
+            turn_tile<true>(rows + half * ROWS * in + i, in, forward + (o + half * ROWS) * in + i * ROWS);
+        bf16* to = backward + i * out + o * ROWS;
+        pack_tiles<true>(rows + i, in, 32, to, to + ROWS * out);
+    }
+    _mm_sfence();
+}
 static void pack_weight(i64 out, i64 in, i64 first, const bf16* w, bf16* forward, bf16* backward) {
 #pragma omp parallel for schedule(static)
-    for (i64 o = 0; o < out; o += 32)
-        for (i64 i = first; i < in; i += 32) {
-            const bf16* from = w + o * in + i;
-            for (i64 half = 0; half < 2; half++)
-                turn_tile(from + half * ROWS * in, in, forward + (o + half * ROWS) * in + i * ROWS);
-            bf16* to = backward + i * out + o * ROWS;
-            pack_tiles(from, in, 32, to, to + ROWS * out);
-        }
+    for (i64 o = 0; o < out; o += 32) pack_rows(o, out, in, first, w + o * in, forward, backward);
 }
 
 // dw [out, in] = dy^T x; dy [n, out] and x [n, in] have rows ldy and ldx apart. out and in: multiples of 32.
@@ -213,6 +223,7 @@ static void gradient(i64 n, i64 out, i64 in, const bf16* dy, i64 ldy, const bf16
 }
 #else
 static bool tiles_allowed() { return false; }
+static void pack_rows(i64, i64, i64, i64, const bf16*, bf16*, bf16*) {}
 static void multiply(i64, i64, i64, const bf16*, i64, const bf16*, bf16*, i64) {}
 static void pack_weight(i64, i64, i64, const bf16*, bf16*, bf16*) {}
 static void gradient(i64, i64, i64, const bf16*, i64, const bf16*, i64, bf16*) {}

@@ -8,12 +8,14 @@ import torch.nn.functional as F
 from test_fast import MODELS, batch, reference, tiny, train_steps
 from torch import nn
 
+import kernels
 from fast import FastClassifier
 from optim import FastAdamW, LazyTable
 
 both = pytest.mark.usefixtures("both_arithmetics")
 
 
+@both
 @pytest.mark.parametrize("scale", [1e-8, 1e-4, 1.0])  # gradients near eps, usual, large
 def test_lazy_table_is_dense_adamw(scale: float):
     """400 steps with a warm-up and decay, rows read rarely or often, gradients down to the size of eps."""
@@ -22,7 +24,7 @@ def test_lazy_table_is_dense_adamw(scale: float):
     lazy_weight = nn.Parameter(dense.detach().clone())
     optimizer = torch.optim.AdamW([dense], lr=1e-3, weight_decay=0.05, betas=(0.9, 0.999))
     group = {"lr": 0.0, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.05}
-    lazy = LazyTable(lazy_weight, group)
+    lazy = LazyTable(lazy_weight, group, compiled=kernels.library() is not None)
     start = dense.detach().clone()
     for step in range(400):
         group["lr"] = optimizer.param_groups[0]["lr"] = 1e-3 * min(step / 20, (400 - step) / 380)

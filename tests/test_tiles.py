@@ -9,6 +9,7 @@ from test_fast import adapted, batch, tiny
 
 import kernels
 from fast import FastClassifier
+from optim import FastAdamW
 from tiles import Matrix, TiledMatrix, gradient, matrix
 
 pytestmark = pytest.mark.skipif(not kernels.tiles(), reason="no tile registers or no compiler")
@@ -103,3 +104,20 @@ def test_three_steps_are_those_without_tiles(monkeypatch, make):
         found.append(grads)
     for on, off in zip(*found):
         assert F.cosine_similarity(on, off, dim=0) > 0.999
+
+
+def test_a_step_packs_what_it_changed():
+    fast = FastClassifier(tiny(dim=32), "bf16")
+    optimizer = FastAdamW(fast, lr=1e-2)
+    for parts in (1, 2):  # gradients in bf16, and summed in fp32
+        optimizer.zero_grad()
+        for _ in range(parts):
+            ids, lengths, labels = batch()
+            F.cross_entropy(fast(ids, lengths), labels).backward()
+        optimizer.step()
+        assert len(fast.arena.packed) == 9  # of the two layers, q of the last one apart
+        for start, found in fast.arena.packed.items():
+            size = found.w.numel()
+            expected = TiledMatrix(fast.arena.flat[start : start + size].bfloat16().view_as(found.w))
+            assert torch.equal(found.packed, expected.packed)
+            assert torch.equal(found.packed_back, expected.packed_back)

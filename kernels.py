@@ -22,7 +22,7 @@ from torch import Tensor
 
 from packaged import cache_dir
 
-SOURCES = [Path(__file__).with_name(name) for name in ("kernels.cpp", "kernels.h", "adamw.h", "products.h")]
+SOURCES = [Path(__file__).with_name(name) for name in ("kernels.cpp", "kernels.h", "adamw.h", "lora.h", "products.h")]
 FLAGS = ["-std=c++20", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
          "-mprefer-vector-width=512", "-shared", "-fPIC"]  # fmt: skip
 SIGNATURES = {  # i: int64, p: pointer, f: float, b: bool; in the order of kernels.cpp's table
@@ -37,6 +37,7 @@ SIGNATURES = {  # i: int64, p: pointer, f: float, b: bool; in the order of kerne
     "column_sums": "iippb",
     "square_sum": "ip",
     "random_bytes": "iip",
+    "draw": "iipiiip",
     "adamw": "ippppp" + "ffffffff",
     "adamw_packed": "iipppppp" + "ffffffff",
     "adamw_rows": "iippppp" + "ffffffff",
@@ -45,6 +46,10 @@ SIGNATURES = {  # i: int64, p: pointer, f: float, b: bool; in the order of kerne
     "pack_weight": "iiippp",
     "multiply": "iiipippi",
     "gradient": "iiipipip",
+    "lora_down_tiles": "iiiipip" + "ppf" + "pii",
+    "lora_up_gradient": "iiii" + "pppipip",
+    "lora_backward_tiles": "iiiipip" + "ppf" + "pipp",
+    "lora_refresh": "iiiiiipppppp",
 }
 RESULTS = {"square_sum": ctypes.c_double, "tiles_allowed": ctypes.c_bool}
 TYPES = {"i": ctypes.c_int64, "p": ctypes.c_void_p, "f": ctypes.c_float, "b": ctypes.c_bool}

@@ -4,6 +4,7 @@ Shapes: B sequences, L tokens each (padded on the right), N = B * L, D width, H 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -125,7 +126,7 @@ class Layer:
     """One transformer block. The last one computes the first position (CLS) only, all that the head reads:
     keys and values for every token, the rest for B tokens instead of N. Exact; a seventh of all work."""
 
-    lora: type[LoraLinear] = LoraLinear
+    lora: Callable[..., LoraLinear] = LoraLinear
 
     def __init__(self, arena: Arena, block: nn.Module, config, last: bool):
         att = block.attention

@@ -4,7 +4,7 @@ Shapes: N tokens, D width, r rank.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import torch
@@ -177,21 +177,28 @@ class Draw:
         if not self.training or p == 0:
             return None, None, 1.0
         per_row, low = math.prod(shape) // (groups * self.rows), math.floor(p * 256)
-        coin = self._bits(2 * shape[-1] + 32, device).view(torch.int16)[: shape[-1] + 16]
-        limit = (coin < round((p * 256 - low) * 65536) - 32768).to(torch.int8).add_(low - 128)
-        bits = self._bits(n := groups * self.whole * per_row, device)[:n].view(groups, self.whole, per_row)
-        bits = bits[:, self.first : self.first + self.rows].reshape(shape).contiguous()
-        return bits, limit, 1 / (1 - p)
-
-    @staticmethod
-    def _bits(size: int, device: torch.device) -> Tensor:
-        """At least `size` uniform bytes, as int8; on CPU the kernel spreads one draw over them, on all threads."""
-        size = -(-size // 8) + 2  # the kernels may look up to 16 bytes past the end
+        threshold, columns, n = round((p * 256 - low) * 65536) - 32768, shape[-1] + 16, groups * self.whole * per_row
         if device.type == "cpu" and kernels.library():
-            bits, seed = torch.empty(size, dtype=torch.int64), torch.empty((), dtype=torch.int64)
-            kernels.call("random_bytes", torch.float32, 8 * size, int(seed.random_(-(2**63), None)), bits)
-            return bits.view(torch.int8)
-        return torch.empty(size, dtype=torch.int64, device=device).random_(-(2**63), None).view(torch.int8)
+            bits, limit = torch.empty(-(-n // 8) * 8 + 16, dtype=torch.int8), torch.empty(columns, dtype=torch.int8)
+            kernels.call("draw", torch.float32, _seed(), len(bits), bits, columns, threshold, low - 128, limit)
+        else:
+            coin = _bits(2 * columns, device).view(torch.int16)[:columns]
+            limit, bits = (coin < threshold).to(torch.int8).add_(low - 128), _bits(n, device)
+        if self.whole == self.rows:
+            return bits[:n].view(shape), limit, 1 / (1 - p)
+        mine = bits[:n].view(groups, self.whole, per_row)[:, self.first : self.first + self.rows]
+        bits = torch.nn.functional.pad(mine.reshape(-1), (0, 16))  # the kernels look at whole vectors here too
+        return bits[: mine.numel()].view(shape), limit, 1 / (1 - p)
+
+
+def _seed() -> int:
+    """From torch's generator."""
+    return int(torch.empty((), dtype=torch.int64).random_(-(2**63), None))
+
+
+def _bits(size: int, device: torch.device) -> Tensor:
+    """At least `size` uniform bytes, as int8."""
+    return torch.empty(-(-size // 8), dtype=torch.int64, device=device).random_(-(2**63), None).view(torch.int8)
 
 
 class Linear:
@@ -248,6 +255,7 @@ class LoraLinear(Linear):
         self.down = arena.view(arena.compute, down).view(len(down), self.r, -1)  # [G, r, in]
         self.wide_down = arena.view(arena.flat, down).view_as(self.down)  # the same in fp32
         self.ddown, self.dup = arena.matrix_grad(down), [arena.matrix_grad([p]) for p in up]
+        self.dups = arena.matrix_grad(up)  # [G out / n, r], the same as one
         self.up = [arena.view(arena.compute, [p]) for p in up]  # G x [out / n, r]
         rank, (out, width) = len(adapted) * self.r, self.weight.shape
         self.block = self.weight.new_zeros(out, rank)  # scaling * B of each part, block by block
@@ -331,5 +339,5 @@ def apply(linear: Linear, x: Tensor, draw: Draw, bias: bool = True) -> tuple[Ten
     return linear.forward(full, draw, bias)
 
 
-def make_linear(arena: Arena, modules: list[nn.Module], lora: type[LoraLinear] = LoraLinear) -> Linear:
+def make_linear(arena: Arena, modules: list[nn.Module], lora: Callable[..., LoraLinear] = LoraLinear) -> Linear:
     return (lora if any(hasattr(m, "lora_A") for m in modules) else Linear)(arena, modules)

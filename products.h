@@ -11,6 +11,7 @@
 #include "kernels.h"
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#define TILES
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -23,6 +24,9 @@ static bool tiles_allowed() {
     return allowed;
 }
 
+// gcc 12 does not know what the instructions for tiles read: to stand between writing that and using it.
+static inline void settle() { asm volatile("" ::: "memory"); }
+
 // Registers 0 to 3 hold the result, 2 x 2 tiles, of which the upper ones have `top` rows and the lower ones `bottom`;
 // 4 and 5 the left operand, 6 and 7 the right one.
 static void shape_tiles(i64 top, i64 bottom) {
@@ -34,7 +38,7 @@ static void shape_tiles(i64 top, i64 bottom) {
     for (int i : {0, 1, 4}) shape.rows[i] = uint8_t(top);
     for (int i : {2, 3, 5}) shape.rows[i] = uint8_t(bottom);
     shape.rows[6] = shape.rows[7] = ROWS;
-    asm volatile("" ::: "memory");  // gcc 12 thinks that the next line reads 8 of these 64 bytes
+    settle();
     _tile_loadconfig(&shape);
 }
 
@@ -43,7 +47,7 @@ template <bool PACKED, bool BOTTOM>
 static inline void block(i64 k, const bf16* a, i64 lda, const bf16* b, float* out) {
     const bf16 *low = a + (PACKED ? k * ROWS : ROWS * lda), *right = b + k * ROWS;
     const i64 stride = PACKED ? 64 : 2 * lda, next = PACKED ? TILE : DEEP;
-    asm volatile("" ::: "memory");  // gcc 12 does not know what the loads read
+    settle();
     _tile_zero(0);
     _tile_zero(1);
     if (BOTTOM) {
@@ -74,6 +78,8 @@ static inline void block(i64 k, const bf16* a, i64 lda, const bf16* b, float* ou
 static inline void await(i64 rows, const bf16* to, i64 ld) {
     for (i64 r = 0; r < rows; r++) __builtin_prefetch(to + r * ld, 1, 3);
 }
+
+static inline __m512 widen(__m256i x) { return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16); }
 
 static inline void store_row(const float* from, bf16* to) {
     _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(from + ROWS), _mm512_load_ps(from)));

@@ -1,0 +1,269 @@
+// LoRA's skinny products on tile registers, their dropout on the way: no masked copy of x in memory, none in float.
+// For G adapters of rank r that read x [n, in], whose matrices A come as [G, r, in]; random bytes [G, n, in].
+
+#pragma once
+
+#include "products.h"
+
+#ifdef TILES
+static const i64 GROUPS = 3;  // adapters of one call at most: q, k and v
+
+// Memory for tiles.
+class Tiles {
+  public:
+    explicit Tiles(i64 count) : space(count * TILE + DEEP, bf16{0}) {}
+    bf16* at(i64 tile) { return (bf16*)((uintptr_t(space.data()) + 63) / 64 * 64) + tile * TILE; }
+
+  private:
+    std::vector<bf16> space;
+};
+
+// What dropout leaves of 32 neighbours in a row, but for the scale.
+static inline __mmask32 kept(const Dropout& drop, i64 start, i64 column) {
+    if (!drop.bits) return ~__mmask32(0);
+    return _mm256_cmpge_epi8_mask(_mm256_loadu_si256((const __m256i*)(drop.bits + start + column)),
+                                  _mm256_loadu_si256((const __m256i*)(drop.limit + column)));
+}
+
+// `rows` rows of `count` numbers, ld apart -> the rows of a left operand's tile, with zeros around.
+static inline void pad_tile(const bf16* from, i64 ld, i64 rows, i64 count, bf16* to) {
+    const __mmask32 there = count >= DEEP ? ~__mmask32(0) : (__mmask32(1) << count) - 1;
+    for (i64 i = 0; i < ROWS; i++)
+        _mm512_store_si512(to + i * DEEP, i < rows ? _mm512_maskz_loadu_epi16(there, from + i * ld)
+                                                   : _mm512_setzero_si512());
+}
+
+// The way down: h [n, G r] = dropout(x) A^T, and zeros in the `padding` columns behind.
+static void lora_down_tiles(i64 n, i64 in, i64 r, i64 groups, const bf16* x, i64 ldx, const bf16* A, const int8_t* bits,
+                            const int8_t* limit, float scale, bf16* h, i64 ldh, i64 padding) {
+    const Dropout drop = {bits, limit, scale};
+    const i64 deep = in / DEEP, across = (r + ROWS - 1) / ROWS;
+#pragma omp parallel
+    {
+        Tiles right(groups * across * deep), left(deep);
+        alignas(64) bf16 tile[TILE];
+        alignas(64) float sums[ROWS * ROWS];
+        shape_tiles(ROWS, ROWS);
+        for (i64 g = 0; g < groups; g++)
+            for (i64 c = 0; c < across; c++)
+                for (i64 p = 0; p < deep; p++) {
+                    pad_tile(A + (g * r + c * ROWS) * in + p * DEEP, in, r - c * ROWS, DEEP, tile);
+                    turn_tile(tile, DEEP, right.at((g * across + c) * deep + p));
+                }
+#pragma omp for schedule(static)
+        for (i64 first = 0; first < n; first += ROWS) {
+            const i64 rows = std::min(ROWS, n - first);
+            for (i64 g = 0; g < groups; g++) {
+                for (i64 i = 0; i < rows; i++)
+                    for (i64 p = 0; p < deep; p++) {
+                        const __mmask32 mask = kept(drop, (g * n + first + i) * in, p * DEEP);
+                        _mm512_store_si512(left.at(p) + i * DEEP,
+                                           _mm512_maskz_loadu_epi16(mask, x + (first + i) * ldx + p * DEEP));
+                    }
+                for (i64 c = 0; c < across; c++) {
+                    const bf16* down = right.at((g * across + c) * deep);
+                    settle();
+                    _tile_zero(0);
+                    for (i64 p = 0; p < deep; p++) {
+                        _tile_loadd(4, left.at(p), 64);
+                        _tile_loadd(6, down + p * TILE, 64);
+                        _tile_dpbf16ps(0, 4, 6);
+                    }
+                    _tile_stored(0, sums, 64);
+                    for (i64 i = 0; i < rows; i++)
+                        for (i64 j = 0; j < std::min(ROWS, r - c * ROWS); j++)
+                            store(h[(first + i) * ldh + g * r + c * ROWS + j], sums[i * ROWS + j] * scale);
+                }
+            }
+            for (i64 i = 0; i < rows; i++)
+                for (i64 j = 0; j < padding; j++) store(h[(first + i) * ldh + groups * r + j], 0.0f);
+        }
+        _tile_release();
+    }
+}
+
+// Gradients of the matrices B: dB [G, out, r] = factors * dy^T h. dy: [n, .], of which the out columns from
+// offsets[g] on are those of adapter g; h: [n, G r], rows ldh apart.
+static void lora_up_gradient(i64 n, i64 out, i64 r, i64 groups, const i64* offsets, const float* factors,
+                             const bf16* dy, i64 ldy, const bf16* h, i64 ldh, bf16* dB) {
+    const i64 deep = (n + DEEP - 1) / DEEP, across = (r + ROWS - 1) / ROWS;
+#pragma omp parallel
+    {
+        Tiles right(groups * across * deep), left(2 * deep);
+        alignas(64) bf16 tiles[2 * TILE], padded[DEEP * DEEP];
+        alignas(64) float sums[ROWS * ROWS];
+        shape_tiles(ROWS, ROWS);
+        for (i64 g = 0; g < groups; g++)
+            for (i64 c = 0; c < across; c++)
+                for (i64 p = 0; p < deep; p++) {
+                    const i64 rows = std::min(DEEP, n - p * DEEP);
+                    const bf16* from = h + p * DEEP * ldh + g * r + c * ROWS;
+                    pad_tile(from, ldh, rows, std::min(ROWS, r - c * ROWS), padded);
+                    pad_tile(from + ROWS * ldh, ldh, rows - ROWS, std::min(ROWS, r - c * ROWS), padded + TILE);
+                    pack_tiles(padded, DEEP, DEEP, right.at((g * across + c) * deep + p), tiles);
+                }
+#pragma omp for schedule(static)
+        for (i64 strip = 0; strip < groups * (out / 32); strip++) {
+            const i64 g = strip / (out / 32), column = strip % (out / 32) * 32;
+            for (i64 p = 0; p < deep; p++) {
+                pack_tiles(dy + p * DEEP * ldy + offsets[g] + column, ldy, std::min(DEEP, n - p * DEEP), tiles,
+                           tiles + TILE);
+                turn_tile(tiles, DEEP, left.at(p)), turn_tile(tiles + TILE, DEEP, left.at(deep + p));
+            }
+            for (i64 half = 0; half < 2; half++)
+                for (i64 c = 0; c < across; c++) {
+                    const bf16* up = right.at((g * across + c) * deep);
+                    settle();
+                    _tile_zero(0);
+                    for (i64 p = 0; p < deep; p++) {
+                        _tile_loadd(4, left.at(half * deep + p), 64);
+                        _tile_loadd(6, up + p * TILE, 64);
+                        _tile_dpbf16ps(0, 4, 6);
+                    }
+                    _tile_stored(0, sums, 64);
+                    bf16* to = dB + (g * out + column + half * ROWS) * r + c * ROWS;
+                    for (i64 i = 0; i < ROWS; i++)
+                        for (i64 j = 0; j < std::min(ROWS, r - c * ROWS); j++)
+                            store(to[i * r + j], sums[i * ROWS + j] * factors[g]);
+                }
+        }
+        _tile_release();
+    }
+}
+
+// And back: base [n, in | G r], the gradients of x through the frozen layer and of h -> dx [n, in] (unless null), with
+// what comes through the adapters.
+static void lora_dx(i64 n, i64 in, i64 r, i64 groups, const bf16* A, const Dropout& drop, const bf16* base, i64 ldb,
+                    bf16* dx) {
+    const i64 deep = (r + DEEP - 1) / DEEP, columns = in / 32;
+#pragma omp parallel
+    {
+        Tiles right(groups * deep * columns * 2), left(groups * deep);
+        alignas(64) float sums[GROUPS][ROWS * 32];
+        const __m512 scale = _mm512_set1_ps(drop.scale);
+        shape_tiles(ROWS, ROWS);
+        for (i64 g = 0; g < groups; g++)
+            for (i64 c = 0; c < columns; c++)
+                for (i64 p = 0; p < deep; p++) {
+                    bf16* to = right.at(((g * columns + c) * deep + p) * 2);
+                    pack_tiles(A + (g * r + p * DEEP) * in + c * 32, in, std::min(DEEP, r - p * DEEP), to, to + TILE);
+                }
+#pragma omp for schedule(static)
+        for (i64 first = 0; first < n; first += ROWS) {
+            const i64 rows = std::min(ROWS, n - first);
+            for (i64 g = 0; g < groups; g++)
+                for (i64 p = 0; p < deep; p++)
+                    pad_tile(base + first * ldb + in + g * r + p * DEEP, ldb, rows, std::min(DEEP, r - p * DEEP),
+                             left.at(g * deep + p));
+            for (i64 c = 0; c < columns; c++) {
+                settle();
+                for (i64 g = 0; g < groups; g++) {
+                    _tile_zero(0);
+                    _tile_zero(1);
+                    for (i64 p = 0; p < deep; p++) {
+                        const bf16* to = right.at(((g * columns + c) * deep + p) * 2);
+                        _tile_loadd(4, left.at(g * deep + p), 64);
+                        _tile_loadd(6, to, 64);
+                        _tile_loadd(7, to + TILE, 64);
+                        _tile_dpbf16ps(0, 4, 6);
+                        _tile_dpbf16ps(1, 4, 7);
+                    }
+                    _tile_stored(0, sums[g], 128);
+                    _tile_stored(1, sums[g] + ROWS, 128);
+                }
+                for (i64 i = 0; i < rows; i++) {
+                    const __m512i through = _mm512_loadu_si512(base + (first + i) * ldb + c * 32);
+                    __m512 low = widen(_mm512_castsi512_si256(through)), high = widen(_mm512_extracti64x4_epi64(through, 1));
+                    for (i64 g = 0; g < groups; g++) {
+                        const __mmask32 mask = kept(drop, (g * n + first + i) * in, c * 32);
+                        const float* sum = sums[g] + i * 32;
+                        low = _mm512_mask3_fmadd_ps(_mm512_load_ps(sum), scale, low, __mmask16(mask));
+                        high = _mm512_mask3_fmadd_ps(_mm512_load_ps(sum + ROWS), scale, high, __mmask16(mask >> 16));
+                    }
+                    _mm512_storeu_si512(dx + (first + i) * in + c * 32, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+                }
+            }
+        }
+        _tile_release();
+    }
+}
+
+// dA [G, r, in] = the gradient of h, transposed, times dropout(x).
+static void lora_down_gradient(i64 n, i64 in, i64 r, i64 groups, const bf16* x, i64 ldx, const Dropout& drop,
+                               const bf16* dh, i64 ldb, bf16* dA) {
+    const i64 deep = (n + DEEP - 1) / DEEP, down = (r + ROWS - 1) / ROWS;
+#pragma omp parallel
+    {
+        Tiles left(groups * down * deep), right(2 * deep);
+        alignas(64) bf16 masked[DEEP * DEEP], padded[DEEP * DEEP], tiles[2 * TILE];
+        alignas(64) float sums[ROWS * 32];
+        shape_tiles(ROWS, ROWS);
+        for (i64 g = 0; g < groups; g++)
+            for (i64 c = 0; c < down; c++)
+                for (i64 p = 0; p < deep; p++) {
+                    const i64 rows = std::min(DEEP, n - p * DEEP);
+                    const bf16* from = dh + p * DEEP * ldb + g * r + c * ROWS;
+                    pad_tile(from, ldb, rows, std::min(ROWS, r - c * ROWS), padded);
+                    pad_tile(from + ROWS * ldb, ldb, rows - ROWS, std::min(ROWS, r - c * ROWS), padded + TILE);
+                    pack_tiles(padded, DEEP, DEEP, tiles, tiles + TILE);
+                    turn_tile(tiles, DEEP, left.at((g * down + c) * deep + p));
+                }
+#pragma omp for schedule(static)
+        for (i64 column = 0; column < in; column += 32)
+            for (i64 g = 0; g < groups; g++) {
+                for (i64 p = 0; p < deep; p++) {
+                    const i64 first = p * DEEP, rows = std::min(DEEP, n - first);
+                    for (i64 i = 0; i < rows; i++)
+                        _mm512_store_si512(masked + i * DEEP,
+                                           _mm512_maskz_loadu_epi16(kept(drop, (g * n + first + i) * in, column),
+                                                                    x + (first + i) * ldx + column));
+                    pack_tiles(masked, DEEP, rows, right.at(p), right.at(deep + p));
+                }
+                for (i64 c = 0; c < down; c++) {
+                    settle();
+                    _tile_zero(0);
+                    _tile_zero(1);
+                    for (i64 p = 0; p < deep; p++) {
+                        _tile_loadd(4, left.at((g * down + c) * deep + p), 64);
+                        _tile_loadd(6, right.at(p), 64);
+                        _tile_loadd(7, right.at(deep + p), 64);
+                        _tile_dpbf16ps(0, 4, 6);
+                        _tile_dpbf16ps(1, 4, 7);
+                    }
+                    _tile_stored(0, sums, 128);
+                    _tile_stored(1, sums + ROWS, 128);
+                    for (i64 i = 0; i < std::min(ROWS, r - c * ROWS); i++)
+                        for (i64 j = 0; j < 32; j++)
+                            store(dA[(g * r + c * ROWS + i) * in + column + j], sums[i * 32 + j] * drop.scale);
+                }
+            }
+        _tile_release();
+    }
+}
+
+static void lora_backward_tiles(i64 n, i64 in, i64 r, i64 groups, const bf16* x, i64 ldx, const bf16* A,
+                                const int8_t* bits, const int8_t* limit, float scale, const bf16* base, i64 ldb,
+                                bf16* dx, bf16* dA) {
+    const Dropout drop = {bits, limit, scale};
+    if (dx) lora_dx(n, in, r, groups, A, drop, base, ldb, dx);
+    lora_down_gradient(n, in, r, groups, x, ldx, drop, base + in, ldb, dA);
+}
+// After a step: the columns of wide [out, columns] from `in` on become factors * B, block by block, and are packed.
+static void lora_refresh(i64 out, i64 columns, i64 in, i64 each, i64 r, i64 groups, const i64* offsets,
+                         const float* factors, const bf16* B, bf16* wide, bf16* forward, bf16* backward) {
+#pragma omp parallel for schedule(static)
+    for (i64 i = 0; i < groups * each; i++) {
+        const i64 g = i / each;
+        bf16* to = wide + (offsets[g] + i % each) * columns + in + g * r;
+        for (i64 j = 0; j < r; j++) store(to[j], load(B[i * r + j]) * factors[g]);
+    }
+    pack_weight(out, columns, in, wide, forward, backward);
+}
+#else
+static void lora_refresh(i64, i64, i64, i64, i64, i64, const i64*, const float*, const bf16*, bf16*, bf16*, bf16*) {}
+static void lora_down_tiles(i64, i64, i64, i64, const bf16*, i64, const bf16*, const int8_t*, const int8_t*, float, bf16*,
+                            i64, i64) {}
+static void lora_up_gradient(i64, i64, i64, i64, const i64*, const float*, const bf16*, i64, const bf16*, i64, bf16*) {}
+static void lora_backward_tiles(i64, i64, i64, i64, const bf16*, i64, const bf16*, const int8_t*, const int8_t*, float,
+                                const bf16*, i64, bf16*, bf16*) {}
+#endif

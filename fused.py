@@ -178,20 +178,18 @@ class FusedLayer(Layer):
         h, full, saved1 = self._add_norm(x, o, self.out, NOTHING, self.norm1, self.lin1)
         u, saved_u = self.lin1.forward(full, draw, bias=False)
         full, part = self.lin2.buffer(len(u))
-        kernels.call("gelu", self.dtype, *u.shape, u, self.lin1.wide_bias, part, part.stride(0))
+        kernels.call("gelu", self.dtype, *u.shape, u, self.lin1.wide_bias, part, part.stride(0))  # u: now the slope
         f, saved_f = self.lin2.forward(full, draw, bias=False)
         drop = draw.dropout(tuple(f.shape), self.p, f.device)
         y, full, saved2 = self._add_norm(h, f, self.lin2, drop, self.norm2, self.successor and self.successor.entry)
         return (y, full), (saved_in, saved_core, saved_out, saved1, saved_u, u, saved_f, drop, saved2)
 
     def backward(self, stream: Stream, saved: tuple, shape: Shape, need_dx: bool) -> Stream | None:
-        saved_in, saved_core, saved_out, saved1, saved_u, u, saved_f, drop, saved2 = saved
+        saved_in, saved_core, saved_out, saved1, saved_u, slope, saved_f, drop, saved2 = saved
         dz, df = self._add_norm_backward(stream, saved2, drop, self.norm2, self.lin2)
         dg = self.lin2.backward(df, saved_f, need_bias=False)
-        du = torch.empty_like(u)
-        kernels.call("gelu_backward", self.dtype, *u.shape, u, self.lin1.wide_bias, dg, du, self.lin1.dbias,
-                     not self.arena.fresh)  # fmt: skip
-        dh = self.lin1.backward(du, saved_u, need_bias=False)
+        kernels.call("gelu_backward", self.dtype, *slope.shape, slope, dg, self.lin1.dbias, not self.arena.fresh)
+        dh = self.lin1.backward(dg, saved_u, need_bias=False)
         dz, do = self._add_norm_backward((dz, dh), saved1, NOTHING, self.norm1, self.out)
         dcontext = self.out.backward(do, saved_out, need_bias=False)
         dentry = torch.empty(shape.b * shape.length, self.entry.weight.shape[0], dtype=self.dtype)

@@ -79,30 +79,35 @@ static void add_norm_backward(i64 n, i64 d, const float* dy, const T* more, cons
     sums.put(dweight, 0, d, add), sums.put(dbias, d, d, add), sums.put(dlinear, 2 * d, d, add);
 }
 
-// gelu(u + shift). Rows of u and du are d long and tight, those of y ldy apart.
+// y = gelu(u + shift), and u becomes the derivative there, which is all that the way back needs: a product instead of
+// another exponential. Rows of u are d long and tight, those of y ldy apart.
 template <class T>
-static void gelu(i64 n, i64 d, const T* u, const float* shift, T* y, i64 ldy) {
+static void gelu(i64 n, i64 d, T* u, const float* shift, T* y, i64 ldy) {
 #pragma omp parallel for schedule(static)
-    for (i64 i = 0; i < n; i++)
+    for (i64 i = 0; i < n; i++) {
+        T *__restrict at = u + i * d, *__restrict to = y + i * ldy;
         for (i64 j = 0; j < d; j++) {
-            float x = load(u[i * d + j]) + shift[j];
-            store(y[i * ldy + j], x * normal(x).integral);
+            const float x = load(at[j]) + shift[j];
+            const Normal found = normal(x);
+            store(to[j], x * found.integral);
+            store(at[j], found.integral + x * found.density);
         }
+    }
 }
 
+// dy *= derivative, with the sums over rows.
 template <class T>
-static void gelu_backward(i64 n, i64 d, const T* u, const float* shift, const T* dy, T* du, float* dlinear, bool add) {
+static void gelu_backward(i64 n, i64 d, const T* derivative, T* dy, float* dlinear, bool add) {
     ColumnSums sums(d);
 #pragma omp parallel for schedule(static)
     for (i64 i = 0; i < n; i++) {
-        float* dl = sums.mine();
-        T* to = du + i * d;
+        float* __restrict dl = sums.mine();
+        T* __restrict to = dy + i * d;
+        const T* __restrict by = derivative + i * d;
         for (i64 j = 0; j < d; j++) {
-            float x = load(u[i * d + j]) + shift[j];
-            Normal at = normal(x);
-            store(to[j], load(dy[i * d + j]) * (at.integral + x * at.density));
+            store(to[j], load(to[j]) * load(by[j]));
+            dl[j] += load(to[j]);
         }
-        for (i64 j = 0; j < d; j++) dl[j] += load(to[j]);
     }
     sums.put(dlinear, 0, d, add);
 }
@@ -148,7 +153,7 @@ static void attend(i64 b, i64 h, i64 lq, i64 l, i64 d, i64 ldq, i64 ldk, const i
     i64 wide = at.wide(), keys = at.keys();
 #pragma omp parallel
     {
-        std::vector<float> Q(at.lq * wide), K(at.l * wide), KT(at.d * keys), P(at.lq * keys), C(at.lq * wide),
+        std::vector<float> Q(at.lq * wide), K(keys * wide), KT(wide * keys), P(at.lq * keys), C(at.lq * wide),
             keep(keys);
 #pragma omp for schedule(static)
         for (i64 head = 0; head < at.b * at.h; head++) {
@@ -187,7 +192,7 @@ static void attend_backward(i64 batch, i64 heads, i64 lq, i64 l, i64 d, i64 ldq,
     std::vector<float> none(at.d);
 #pragma omp parallel
     {
-        std::vector<float> Q(at.lq * wide), K(at.l * wide), V(at.l * wide), turned(at.d * keys), dC(at.lq * wide),
+        std::vector<float> Q(at.lq * wide), K(keys * wide), V(keys * wide), turned(wide * keys), dC(at.lq * wide),
             P(at.lq * keys), S(at.lq * keys), out(std::max(at.l, at.lq) * wide), keep(keys);
 #pragma omp for schedule(static)
         for (i64 head = 0; head < at.b * at.h; head++) {

@@ -10,6 +10,9 @@
 #include <vector>
 
 #include <omp.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 using i64 = int64_t;
 
@@ -164,9 +167,44 @@ static void gather(i64 rows, i64 d, const T* __restrict from, i64 ld, const floa
     for (i64 i = 0; i < rows; i++)
         for (i64 j = 0; j < d; j++) to[i * whole(d) + j] = (load(from[i * ld + j]) + shift[j]) * scale;
 }
+#ifdef __AVX512F__
+// Transposes 16 x 16 words.
+static inline void turn(__m512i* r) {
+    __m512i s[16];
+    for (int i = 0; i < 16; i += 2) {
+        s[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        s[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(s[i], s[i + 2]), r[i + 1] = _mm512_unpackhi_epi64(s[i], s[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(s[i + 1], s[i + 3]), r[i + 3] = _mm512_unpackhi_epi64(s[i + 1], s[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        s[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88), s[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        s[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        s[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 8; i++) {
+        r[i] = _mm512_shuffle_i32x4(s[i], s[i + 8], 0x88);
+        r[i + 8] = _mm512_shuffle_i32x4(s[i], s[i + 8], 0xdd);
+    }
+}
+#endif
+
+// [rows, d], rows of whole vectors, as [d, rows], rows ldt apart. Both have room for whole vectors either way.
 static void transpose(i64 rows, i64 d, const float* __restrict from, float* __restrict to, i64 ldt) {
+#ifdef __AVX512F__
+    for (i64 i = 0; i < rows; i += WIDTH)
+        for (i64 j = 0; j < d; j += WIDTH) {
+            __m512i r[16];
+            for (int k = 0; k < 16; k++) r[k] = _mm512_loadu_si512(from + (i + k) * whole(d) + j);
+            turn(r);
+            for (int k = 0; k < 16; k++) _mm512_storeu_si512(to + (j + k) * ldt + i, r[k]);
+        }
+#else
     for (i64 i = 0; i < rows; i++)
         for (i64 j = 0; j < d; j++) to[j * ldt + i] = from[i * whole(d) + j];
+#endif
 }
 template <class T>
 static void scatter(i64 rows, i64 d, const float* __restrict from, float scale, T* __restrict to, i64 ld) {

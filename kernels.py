@@ -29,7 +29,7 @@ SIGNATURES = {  # i: int64, p: pointer, f: float, b: bool; in the order of kerne
     "add_norm": "iipipp" + "ppf" + "ppf" + "pppipp",
     "add_norm_backward": "iipppppp" + "ppf" + "pppppb",
     "gelu": "iipppi",
-    "gelu_backward": "iipppppb",
+    "gelu_backward": "iipppb",
     "attend": "iiiiiii" + "ppppppp" + "ppf" + "pip",
     "attend_backward": "iiiiiii" + "ppppppp" + "ppf" + "ppppp",
     "lora_down": "iiiipip" + "ppf" + "pii",

@@ -12,7 +12,6 @@
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 #define TILES
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -151,25 +150,10 @@ static inline void pack_tiles(const bf16* from, i64 ld, i64 rows, bf16* left, bf
 // 16 x 16 pairs, rows ld numbers apart, transposed: rows of a left operand become a tile of a right one, or back.
 template <bool AWAY = false>
 static inline void turn_tile(const bf16* from, i64 ld, bf16* to) {
-    __m512i r[16], s[16];
+    __m512i r[16];
     for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(from + i * ld);
-    for (int i = 0; i < 16; i += 2) {
-        s[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        s[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(s[i], s[i + 2]), r[i + 1] = _mm512_unpackhi_epi64(s[i], s[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(s[i + 1], s[i + 3]), r[i + 3] = _mm512_unpackhi_epi64(s[i + 1], s[i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-        s[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88), s[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-        s[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-        s[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 8; i++) {
-        put<AWAY>(to + i * DEEP, _mm512_shuffle_i32x4(s[i], s[i + 8], 0x88));
-        put<AWAY>(to + (i + 8) * DEEP, _mm512_shuffle_i32x4(s[i], s[i + 8], 0xdd));
-    }
+    turn(r);
+    for (int i = 0; i < 16; i++) put<AWAY>(to + i * DEEP, r[i]);
 }
 
 // Columns from `first` on of 32 rows of a weight w [out, in], those from row `o` on, packed as the right operand of

@@ -47,9 +47,8 @@ def trainer(job: runs.Job, *, best: bool, lora: bool = False) -> Contestant:
     if lora:
         model = models.add_lora(model, 16, 32, 0.1)
     split = job.splits["train"]
-    rows = datasets.Dataset.from_dict(
-        {"input_ids": split.rows.with_format(None)["input_ids"][:], "labels": split.labels.tolist()}
-    )
+    ids = [split.ids[at : at + length] for at, length in zip(split.starts, split.lengths)]
+    rows = datasets.Dataset.from_dict({"input_ids": ids, "labels": split.labels})
 
     def run() -> float:
         AcceleratorState._reset_state(reset_partial_state=True)

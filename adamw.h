@@ -84,17 +84,30 @@ static void adamw_rows(i64 n, i64 d, const i64* rows, float* p, const float* g, 
 // for each row by `rule` [n]: factors of p, m and v, then nodes and their weights.
 static void adamw_skipped(i64 n, i64 d, const i64* rows, const i64* rule, i64 nodes, const float* rules, float eps,
                           float* p, float* m, float* v) {
-#pragma omp parallel for schedule(static)
-    for (i64 i = 0; i < n; i++) {
-        const float *factors = rules + rule[i] * (3 + 2 * nodes), *node = factors + 3, *weight = node + nodes;
-        float *__restrict to = p + rows[i] * d, *__restrict first = m + rows[i] * d, *__restrict second = v + rows[i] * d;
-#pragma omp simd
-        for (i64 j = 0; j < d; j++) {
-            const float root = std::sqrt(second[j]);
-            float sum = 0;
-            for (i64 k = 0; k < nodes; k++) sum += weight[k] / (root * node[k] + eps);
-            to[j] = to[j] * factors[0] - first[j] * sum;
-            first[j] *= factors[1], second[j] *= factors[2];
+    auto fetch = [=](i64 i) {  // a row is where no cache has it
+        for (i64 j = 0; j < d; j += 16)
+            for (const float* from : {p, m, v}) __builtin_prefetch(from + rows[i] * d + j, 1);
+    };
+#pragma omp parallel
+    {
+        std::vector<float> space(2 * d);
+        float *__restrict root = space.data(), *__restrict sum = root + d;
+#pragma omp for schedule(static)
+        for (i64 i = 0; i < n; i++) {
+            if (i + 1 < n) fetch(i + 1);
+            const float *factors = rules + rule[i] * (3 + 2 * nodes), *node = factors + 3, *weight = node + nodes;
+            const float decay = factors[0], decay_m = factors[1], decay_v = factors[2];
+            float *__restrict to = p + rows[i] * d, *__restrict first = m + rows[i] * d;
+            float* __restrict second = v + rows[i] * d;
+            for (i64 j = 0; j < d; j++) root[j] = std::sqrt(second[j]), sum[j] = 0;
+            for (i64 k = 0; k < nodes; k++) {
+                const float x = node[k], w = weight[k];
+                for (i64 j = 0; j < d; j++) sum[j] += w / (root[j] * x + eps);
+            }
+            for (i64 j = 0; j < d; j++) {
+                to[j] = to[j] * decay - first[j] * sum[j];
+                first[j] *= decay_m, second[j] *= decay_v;
+            }
         }
     }
 }

@@ -297,7 +297,7 @@ def model_card(record: dict[str, Any], scores: dict[str, Any]) -> str:
             f"- Base: {model['name']} ({model['source']}). Its license holds for these weights too: "
             f"{model['license'] or 'its card names none, so ask where it comes from'}.",
             f"- Data: {data['name']} ({data['source']}), rows {data['rows']}; classes: {', '.join(data['labels'])}.",
-            f"- Best epoch, chosen by validation accuracy: {record['best_epoch']} of {record['config']['epochs']}.",
+            f"- Best epoch by validation accuracy, then loss: {record['best_epoch']} of {record['config']['epochs']}.",
             "",
             f"| test ({test['rows']} rows) | value | 95% interval over rows |",
             "|---|---|---|",

@@ -33,6 +33,7 @@ from tokens import Cutter, tokenize
 from tracking import Logger, NullLogger, open_logger
 
 PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate", "scikit-learn", "tokenizers", "numpy")
+FEW_ROWS = 30  # of validation: one row more or less right is 3 points
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ def announce(job: Job, record: dict[str, Any]) -> None:
     say(f"       classes: {', '.join(data.label_names)}\ndevice {job.accelerator.device}, {job.precision}")
     for note in data.notes:
         say(f"note: {note}")
+    if (few := len(data.splits["validation"])) < FEW_ROWS:
+        say(f"warning: validation has {few} rows: too few to choose well by")
     if trained := record.get("trainable_parameters"):
         total = record["total_parameters"]
         say(f"trains {trained:,} of {total:,} parameters ({trained / total:.1%})")

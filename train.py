@@ -43,6 +43,7 @@ class Progress:
     global_step: int = 0
     train_seconds: float = 0.0
     best_accuracy: float = -math.inf
+    best_loss: float = math.inf  # on validation, of the same epoch
     best_epoch: int = 0
     best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
     skipped_steps: int = 0
@@ -73,7 +74,7 @@ class Progress:
 
 
 def finetune(config: TrainConfig, source: models.ModelSource) -> Path:
-    """Train, keep the best epoch by validation accuracy, score test once. Returns the run folder."""
+    """Train, keep the best epoch by validation accuracy, then loss; score test once. Returns the run folder."""
     if config.resume:
         wanted, config = config, runs.find_resumable(config)
         if config is None:
@@ -206,7 +207,8 @@ def restore(
     models.load_trained_state(engine.model, state["weights"])
     engine.optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
-    for name, value in state["progress"].items():
+    # A checkpoint from before losses broke ties keeps its earliest epoch.
+    for name, value in {"best_loss": -math.inf, **state["progress"]}.items():
         setattr(progress, name, value)
     own = state["processes"][accelerator.process_index]
     progress.window_loss = own["window_loss"].to(accelerator.device)
@@ -311,11 +313,12 @@ def own_part(split: TokenSplit, indices: np.ndarray, accelerator: Accelerator) -
 def validate(
     engine: Engine, split: TokenSplit, accelerator: Accelerator, logger: Logger, epoch: int, progress: Progress
 ) -> None:
-    """Score the validation rows, log them, and keep the weights if no earlier epoch was as accurate."""
+    """Score the validation rows, log them, and keep the weights if no earlier epoch was as accurate, or an equally
+    accurate one had a higher loss: few rows tie often, and the first of equals has hardly learned."""
     got = score(split.labels, predict_probabilities(engine, split, accelerator))
     logger.log({f"val/{name}": value for name, value in got.items()}, step=progress.global_step, epoch=epoch)
-    if got["accuracy"] > progress.best_accuracy:
-        progress.best_accuracy, progress.best_epoch = got["accuracy"], epoch
+    if (got["accuracy"], -got["loss"]) > (progress.best_accuracy, -progress.best_loss):
+        progress.best_accuracy, progress.best_loss, progress.best_epoch = got["accuracy"], got["loss"], epoch
         progress.best_weights = models.trained_state(engine.model)
 
 

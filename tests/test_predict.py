@@ -16,8 +16,8 @@ import pytest
 from conftest import ROOT, read_json, read_lines
 
 METHODS = {
-    "full": ("--finetune", "--lr", "1e-2"),
-    "lora": ("--finetune", "--peft", "--lora_r", "4", "--lr", "5e-3"),
+    "full": ("--finetune", "--epochs", "2", "--lr", "1e-2"),
+    "lora": ("--finetune", "--epochs", "2", "--peft", "--lora_r", "4", "--lr", "5e-3"),
     "baseline": ("--baseline",),
 }
 TEXTS = ["great moving story", "", "awful and dull", "the film was funny , warm", "   ", "é漢🎬 bad"]
@@ -32,7 +32,7 @@ def runs(tiny_model, tiny_data, tmp_path_factory) -> dict[str, Path]:
     for name, words in METHODS.items():
         folder = tmp_path_factory.mktemp(name)
         where = ("--dataset", str(tiny_data / "rotten_tomatoes"), "--model", str(tiny_model))
-        assert main([*words, *where, "--epochs", "2", "--precision", "fp32", "--output_dir", str(folder)]) == 0
+        assert main([*words, *where, "--precision", "fp32", "--output_dir", str(folder)]) == 0
         (found[name],) = folder.iterdir()
     return found
 

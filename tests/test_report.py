@@ -250,3 +250,17 @@ def test_the_committed_report_is_that_of_the_committed_records(cli, tmp_path):
     tables = [line for line in results.splitlines() if line.startswith("|")]
     assert tables and set(tables) <= set(out.splitlines())
     assert read_json(next(records.glob("**/*.run.json")))["format"] == 1
+
+
+def test_no_difference_is_above_100_points_and_no_zero_is_negative(studies, tmp_path):
+    """Of two seeds one is always right, the other always wrong: the t of two seeds would tell of hundreds of points."""
+    two = [run for run in studies if run.seed < 3 and run.data["name"] == "rotten_tomatoes"]
+    runs = [replace(run, predicted=run.rows.labels if run.seed == 1 else 1 - run.rows.labels) for run in two]
+    text = report.markdown(report.build(group_cells(runs)[0], tmp_path))
+    assert "-100.0 to +100.0" in text and "detects none (>100);" in text and "| none (>100) |" in text
+    shown = [float(number) for number in re.findall(r"[+-]\d+\.\d", text.replace("e-", "e"))]
+    assert shown and max(map(abs, shown)) <= 200  # 200: claim 2's difference of two differences
+    assert "-0.0 " not in text
+    assert (
+        claims.in_points(report.stats.Difference(-1e-9, -0.0004, 0.0, 1.0, 0.1, (2, 2))) == "+0.0 points (+0.0 to +0.0)"
+    )

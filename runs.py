@@ -317,6 +317,13 @@ def write_outcome(job: Job, run_dir: Path, result: dict[str, Any], probabilities
         hub.upload(run_dir / "model", job.config.push_to_hub)
 
 
+def warn_of_one_answer(labels: np.ndarray, probabilities: np.ndarray, names: tuple[str, ...]) -> None:
+    """Say so where the model calls all validation rows the same, though they are not. probabilities: [n, classes]."""
+    called = np.unique(probabilities.argmax(axis=1))
+    if len(called) == 1 and len(np.unique(labels)) > 1:
+        say(f"warning: the model calls every validation row {names[called[0]]!r}; try a lower --lr, or more --epochs")
+
+
 def summary(result: dict[str, Any]) -> str:
     """The end of a run in a few lines, for a person."""
     lines = [f"{'':11}{'rows':>6}  {'loss':>6}  accuracy (95%)       precision  recall     f1  macro f1"]

@@ -282,7 +282,7 @@ def train(
                     values = {**progress.flush_window(accelerator), "train/lr": learning_rate}
                     logger.log(values, step=progress.global_step, epoch=progress.global_step / steps)
                     bar.set_postfix(
-                        loss=f"{values['train/loss']:.3f}", rate=f"{values['train/samples_per_second']:.0f}/s"
+                        loss=f"{values['train/loss']:z.3f}", rate=f"{values['train/samples_per_second']:.0f}/s"
                     )
                 if at_end:
                     validate(engine, splits["validation"], accelerator, logger, epoch + 1, progress)
@@ -331,17 +331,18 @@ def finish(
     record: dict[str, Any],
 ) -> None:
     """Score validation and test with the best weights, and write what a finished run leaves: result.json last."""
-    scores = {}
+    found, scores = {}, {}
     for name, split in (("val", splits["validation"]), ("test", splits["test"])):
-        probabilities = predict_probabilities(engine, split, job.accelerator)
-        scores[name] = score_with_intervals(split.labels, probabilities)
+        found[name] = predict_probabilities(engine, split, job.accelerator)
+        scores[name] = score_with_intervals(split.labels, found[name])
     model = engine.model_to_save()
     if job.accelerator.is_main_process:
         values = {f"test/{name}": value for name, value in scores["test"].items() if isinstance(value, float)}
         logger.log(values, step=record["steps"], epoch=job.config.epochs)
         try:
             models.save_model(model, job.tokenizer, run_dir / "model", models.model_card(record, scores))
-            runs.write_outcome(job, run_dir, {**record, **scores}, probabilities)
+            runs.write_outcome(job, run_dir, {**record, **scores}, found["test"])
+            runs.warn_of_one_answer(splits["validation"].labels, found["val"], job.data.label_names)
         except (OSError, SafetensorError) as error:
             raise UserError(f"model and results cannot be written to {run_dir}: {error}") from error
     job.accelerator.wait_for_everyone()

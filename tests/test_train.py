@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import signal
 
 import numpy as np
@@ -308,3 +309,11 @@ def test_few_validation_rows_are_said_at_the_start(cli, tmp_path):
         code, _, err = cli("--finetune", "--epochs", "1", "--limit", "32", "--dataset", str(file), dataset=None)
         assert code == 0 and err.count("warning: validation has 4 rows: too few to choose well by") == warned, err
         assert err.count("warning: validation") == warned
+
+
+def test_a_model_that_gives_one_answer_is_said_at_the_end(cli):
+    code, _, err = cli("--finetune", "--epochs", "1", "--lr", "50", "--max_grad_norm", "0")
+    assert code == 0 and re.match(
+        r"warning: the model calls every validation row '(neg|pos)'; try", err.splitlines()[-1]
+    )
+    assert "calls every" not in cli("--finetune", *LEARNS)[2]

@@ -317,7 +317,8 @@ def _config_of(run: str, given: dict[str, Any]) -> TrainConfig:
         stored |= {"runs": (), "texts": (), "resume": run}
         strange = [spec.name for spec in fields(TrainConfig) if spec.metadata and not of_kind(spec, stored[spec.name])]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"--resume: expected a run folder with its config.json, got {run!r} ({error})") from error
+        what = "expected a run folder with config.json, got" if isinstance(error, OSError) else "damaged config.json in"
+        raise UserError(f"--resume: {what} {run!r} ({error})") from error
     if strange or stored["mode"] not in MODES:
         raise UserError(f"--resume: {run}/config.json holds a wrong value under {(strange or ['mode'])[0]}")
     differ = [f"{key} was {stored[key]!r}, given {value!r}" for key, value in given.items() if stored[key] != value]

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from config import UserError
+from config import UserError, say
 from readers import brief, choose_column, csv_rows, json_rows, open_file, text_lines
 
 WINDOW_ROWS = 4096
@@ -96,7 +96,7 @@ def _lines(source: Path | BinaryIO, name: str) -> Iterator[tuple[dict[str, Any],
 def _csv(file: Path, text_column: str | None) -> Iterator[tuple[dict[str, Any], str]]:
     rows = csv_rows(file)
     for line, header in islice(rows, 1):
-        column = choose_column("text", header, f"{file}, line {line}", text_column)
+        column = choose_column("text", header, f"{file}, line {line} (taken as the header)", text_column)
         _check_free(header, f"{file}, line {line}")
         if len(set(header)) < len(header):
             raise UserError(f"{file}, line {line}: expected columns of different names, found {brief(header)}")
@@ -211,11 +211,14 @@ def open_output(file: str | None, source: Source, label_names: tuple[str, ...]) 
         return Output(None, "json", source, label_names)
     path, own = Path(file), {"lines": (), "json": ()}.get(source.kind, (f".{source.kind}",))
     if path.suffix.lower() not in (".jsonl", *own):
-        raise UserError(f"--output {file}: expected a file that ends in {' or '.join(('.jsonl', *own))}")
+        why = "JSON lines, or the type of the input, whose columns are kept"
+        raise UserError(f"--output {file}: expected a file that ends in {' or '.join(('.jsonl', *own))} ({why})")
     if source.file and path.exists() and path.samefile(source.file):
         raise UserError(f"--output {file}: expected another file than --input")
     if not path.parent.is_dir():
         raise UserError(f"--output {file}: expected a folder that exists, found none at {path.parent}")
+    if path.exists():
+        say(f"warning: --output {file} exists and is written over")
     return Output(path, "json" if path.suffix.lower() == ".jsonl" else source.kind, source, label_names)
 
 

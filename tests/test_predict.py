@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,11 +166,11 @@ WRONG = {
     "unknown ending": (None, ("--input", "texts.xlsx"), None, ".csv"),
     "empty input": (None, (), "", "empty file"),
     "both": (None, ("good", "--input", "x.csv"), None, "texts or --input"),
-    "not UTF-8": (None, ("--input", "{latin}"), None, "line 2: expected UTF-8"),
+    "not UTF-8": (None, ("--input", "{latin}"), None, "0xe9; convert it, such as by iconv -f latin1"),
     "empty file": (None, ("--input", "{empty}"), None, "empty file"),
-    "missing column": (None, ("--input", "{csv}"), None, "expected a column text"),
+    "missing column": (None, ("--input", "{csv}"), None, "line 1 (taken as the header): expected a column text"),
     "missing named column": (None, ("--input", "{csv}", "--text_column", "nope"), None, "'nope'"),
-    "other ending": (None, ("--input", "{csv}", "--text_column", "a", "--output", "x.parquet"), None, ".jsonl or .csv"),
+    "other ending": (None, ("--input", "{csv}", "--text_column", "a", "--output", "x.parquet"), None, "or .csv (JSON"),
     "onto itself": (None, ("--input", "{csv}", "--text_column", "a", "--output", "{csv}"), None, "another file"),
     "no folder": (None, ("good", "--output", "nowhere/x.jsonl"), None, "nowhere"),
     "taken names": (None, ("--input", "{taken}"), None, "predicted_label"),
@@ -192,8 +193,6 @@ def test_what_the_user_got_wrong_is_one_line(runs, predict, tmp_path, monkeypatc
 
 
 def test_an_unfinished_run_and_a_damaged_one_are_refused(runs, predict, tmp_path):
-    import shutil
-
     run = shutil.copytree(runs["lora"], tmp_path / "run")
     for name in ("model/adapter_model.safetensors", "model/tokenizer.json", "model/model.safetensors", "result.json"):
         (run / name).unlink()
@@ -305,8 +304,6 @@ def test_the_card_names_base_data_and_limits(runs):
 
 
 def test_the_card_of_the_packaged_encoder_and_of_a_folder_with_a_card_names_the_license(tiny_model, tmp_path):
-    import shutil
-
     from models import find_model
 
     folder = shutil.copytree(tiny_model, tmp_path / "model")
@@ -314,3 +311,21 @@ def test_the_card_of_the_packaged_encoder_and_of_a_folder_with_a_card_names_the_
     assert find_model(str(folder)).license == "mit"
     (folder / "README.md").write_text("# license: none\n")
     assert find_model(str(folder)).license is None
+
+
+def test_a_damaged_run_is_refused_by_the_name_of_the_damaged_file(runs, predict, tmp_path, capsys):
+    from main import main
+
+    for number, name in enumerate(("model/adapter_model.safetensors", "model/model.safetensors", "config.json")):
+        run = shutil.copytree(runs["lora"], tmp_path / str(number), ignore=shutil.ignore_patterns("merged"))
+        (run / name).write_bytes((run / name).read_bytes()[:100])
+        for code, err in (predict(run, "good")[::2], (main(["--merge", str(run)]), capsys.readouterr().err)):
+            line = err.strip().splitlines()[-1]
+            assert code == 2 and f"{Path(name).name} is damaged" in line and str(run) in line, line
+
+
+def test_an_output_that_is_there_is_written_over_and_said_to_be(runs, predict, tmp_path):
+    words = ("good", "--output", str(tmp_path / "out.jsonl"))
+    assert "written over" not in predict(runs["full"], *words)[2]
+    code, _, err = predict(runs["full"], *words)
+    assert code == 0 and f"warning: --output {words[-1]} exists and is written over" in err.splitlines()

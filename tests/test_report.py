@@ -264,3 +264,11 @@ def test_no_difference_is_above_100_points_and_no_zero_is_negative(studies, tmp_
     assert (
         claims.in_points(report.stats.Difference(-1e-9, -0.0004, 0.0, 1.0, 0.1, (2, 2))) == "+0.0 points (+0.0 to +0.0)"
     )
+
+
+def test_a_report_of_an_unfinished_run_or_of_nothing_says_what_to_do(cli, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    _, _, err = cli("--report", str(tmp_path / "run"), dataset=None)
+    assert err.endswith(f"no finished run; go on with it: python main.py --resume {tmp_path / 'run'}\n")
+    assert f"{tmp_path / 'nope'} does not exist" in cli("--report", str(tmp_path / "nope"), dataset=None)[2]

@@ -144,7 +144,7 @@ class Predictor:
 def predict(config: TrainConfig) -> None:
     """Label the texts of the command line, of --input or of standard input; write JSON lines or added columns."""
     saved = open_saved(config.runs[0], "predict")
-    source = open_input(config.texts, config.input, config.text_column)
+    source = open_input(config.texts, config.input, config.text_column, saved.record["config"].get("text_column"))
     sink = open_output(config.output, source, saved.label_names)
     predictor = Predictor(saved, config.device, config.precision)
     # A bar between the answers on a terminal would be in the way.

@@ -57,8 +57,10 @@ def choose_columns(found: list[str], where: str, wanted: Columns = USUAL) -> tup
     return text, label
 
 
-def choose_column(kind: str, found: list[str], where: str, wanted: str | None) -> str:
-    """The column of `kind`, text or label: the one wanted, else by its usual names."""
+def choose_column(kind: str, found: list[str], where: str, wanted: str | None, guess: str | None = None) -> str:
+    """The column of `kind`, text or label: the one wanted, else `guess` if it is there, else by its usual names."""
+    if wanted is None and guess in found:
+        wanted = guess
     if wanted is not None:
         if wanted not in found:
             raise UserError(f"{where}: expected the column {wanted!r} (--{kind}_column), found {brief(found)}")

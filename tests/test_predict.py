@@ -313,6 +313,24 @@ def test_the_card_of_the_packaged_encoder_and_of_a_folder_with_a_card_names_the_
     assert find_model(str(folder)).license is None
 
 
+def test_the_column_that_the_run_was_trained_on_is_the_first_guess(runs, predict, tmp_path):
+    """A file that has it is read by it, whatever else is there; one that has not, by the usual names."""
+    run = shutil.copytree(runs["full"], tmp_path / "run")
+    record = read_json(run / "config.json")
+    record["config"]["text_column"] = "words"
+    (run / "config.json").write_text(json.dumps(record))
+    (tmp_path / "in.csv").write_text("text,words\n1,great moving\n")
+    (tmp_path / "in.jsonl").write_text('{"text": "1", "words": "great moving"}\n')
+    pq.write_table(pa.table({"text": ["1"], "words": ["great moving"]}), tmp_path / "in.parquet")
+    (tmp_path / "other.csv").write_text("text\ngreat moving\n")
+    (expected,) = lines(predict(run, "great moving")[1])
+    for name in ("in.csv", "in.jsonl", "in.parquet", "other.csv"):
+        (got,) = lines(predict(run, "--input", str(tmp_path / name))[1])
+        assert got["probabilities"] == expected["probabilities"], name
+    (got,) = lines(predict(run, "--input", str(tmp_path / "in.csv"), "--text_column", "text")[1])
+    assert got["probabilities"] != expected["probabilities"]
+
+
 def test_a_damaged_run_is_refused_by_the_name_of_the_damaged_file(runs, predict, tmp_path, capsys):
     from main import main
 

@@ -272,3 +272,17 @@ def test_a_report_of_an_unfinished_run_or_of_nothing_says_what_to_do(cli, tmp_pa
     _, _, err = cli("--report", str(tmp_path / "run"), dataset=None)
     assert err.endswith(f"no finished run; go on with it: python main.py --resume {tmp_path / 'run'}\n")
     assert f"{tmp_path / 'nope'} does not exist" in cli("--report", str(tmp_path / "nope"), dataset=None)[2]
+
+
+def test_pictures_count_one_seed_leave_room_for_markers_and_have_no_milliseconds(studies):
+    import matplotlib.pyplot as plt
+
+    group = group_cells([run for run in studies if run.seed == 1])[0][0]
+    full = next(cell for cell in group if cell.first.method == "full")
+    assert "(1 seed)" in plots.to_svg(plots.calibration(full), "one")
+    (axes,) = plots.curves({"full": full}, "val/loss", "loss").axes
+    assert axes.get_xlim()[0] < 1 and axes.get_xlim()[1] > full.first.curve["epoch"][-1]
+    points = [("full", "full", x, 0.8, 0.7, 0.9, False) for x in (0.5, 3000.0)]
+    ticks = plots.against(points, "s", "accuracy").axes[0].xaxis.get_major_formatter()
+    assert [ticks(value) for value in (0.1, 0.5, 1, 1000)] == ["0.1", "0.5", "1", "1k"]
+    plt.close("all")

@@ -280,7 +280,7 @@ def _judge_bound(statement: Bound, mine: Cell, other: Cell | None) -> Finding:
 def in_points(difference: stats.Difference) -> str:
     """`+0.4 points (-0.9 to +1.7)`."""
     value, low, high = (100 * number for number in (difference.value, difference.low, difference.high))
-    return f"{value:+.1f} points ({low:+.1f} to {high:+.1f})"
+    return f"{value:+z.1f} points ({low:+z.1f} to {high:+z.1f})"
 
 
 def _seeds(seeds: tuple[int, ...]) -> str:

@@ -9,7 +9,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,6 +19,22 @@ DEFAULT_DATASET = "rotten_tomatoes"
 NEWEST = "newest"  # --resume without a run
 LOCAL_CLUSTER = "local"  # --ray without an address
 MODES = ("finetune", "baseline", "predict", "merge", "sweep", "report", "sync")
+# Flags by the modes that read them: elsewhere they are refused, not ignored. --sweep hands its own to every cell.
+_LEARN = ("finetune", "baseline", "sweep")
+_READ_BY = {
+    _LEARN: "dataset dataset_dir label_column max_length truncation limit model class_weights seed project",
+    ("finetune", "baseline", "predict", "sweep"): "text_column precision device",
+    ("finetune", "sweep"): "lora_r lora_alpha lora_dropout lora_layers epochs lr batch_size plain on_nan save_every "
+    "gradient_accumulation_steps weight_decay warmup_ratio max_grad_norm",
+    ("finetune",): "peft resume",
+    ("predict",): "input output",
+    (*_LEARN, "sync"): "wandb comet",
+    ("finetune", "baseline", "merge"): "push_to_hub",
+    (*_LEARN, "report"): "output_dir",
+    ("report",): "plots_dir export",
+    ("sweep",): "dry_run workers ray",
+}
+READ_BY = {name: modes for modes, names in _READ_BY.items() for name in names.split()}
 GROUPS = ("data", "model", "training", "prediction", "tracking", "output", "sweeps and reports", "seldom needed")
 
 
@@ -98,13 +114,8 @@ class TrainConfig:
     lora_r: int = flag(16, "model", "rank of the adapters", type=int, metavar="R")
     lora_alpha: float = flag(32, "model", "the adapters' output is scaled by alpha / r", type=float, metavar="A")
     lora_dropout: float = flag(0.1, "seldom needed", "dropout in front of the adapters", type=float, metavar="P")
-
     lora_layers: int | None = flag(
-        None,
-        "model",
-        "adapt the last K layers only; those below run once (default: all)",
-        type=int,
-        metavar="K",
+        None, "model", "adapt the last K layers only; those below run once (default: all)", type=int, metavar="K"
     )
 
     epochs: int = flag(3, "training", "passes over the training rows", type=int)
@@ -124,10 +135,7 @@ class TrainConfig:
     max_grad_norm: float = flag(1.0, "seldom needed", "clip the gradient to this norm; 0 turns it off", type=float)
     seed: int = flag(42, "training", "decides the head's first weights, the batches and the dropout", type=int)
     precision: str = flag(
-        "auto",
-        "training",
-        "auto is bf16 where the device does it natively, else fp32",
-        choices=("auto", "fp32", "bf16"),
+        "auto", "training", "auto: bf16 where the device does it natively, else fp32", choices=("auto", "fp32", "bf16")
     )
     plain: bool = flag(False, "seldom needed", "use transformers' own modules, not the fast path", switch=True)
     on_nan: str = flag(
@@ -183,47 +191,42 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        at_least = {"max_length": 3, "limit": 1, "lora_r": 1, "lora_layers": 1, "epochs": 1, "batch_size": 1}
-        at_least |= {"gradient_accumulation_steps": 1, "save_every": 1, "seed": 0, "workers": 1}
-        for name, low in at_least.items():
-            value = getattr(self, name)
-            _require(value is None or value >= low, name, value, f"a whole number of at least {low}")
-        for name in ("lr", "lora_alpha"):
-            value = getattr(self, name)
-            _require(math.isfinite(value) and value > 0, name, value, "a number above 0")
-        for name in ("weight_decay", "max_grad_norm"):
-            value = getattr(self, name)
-            _require(math.isfinite(value) and value >= 0, name, value, "a number of at least 0")
-        for name in ("lora_dropout", "warmup_ratio"):
-            value = getattr(self, name)
-            _require(0 <= value <= 0.99, name, value, "a number from 0 to 0.99")
-        _require(self.seed < 2**32, "seed", self.seed, "a whole number below 2**32")
-        known_device = re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device)
-        _require(known_device is not None, "device", self.device, "auto, cpu, cuda, cuda:N or mps")
-        names = ("dataset", "dataset_dir", "model", "text_column", "label_column", "input", "output", "push_to_hub")
-        for name in (*names, "project", "output_dir", "plots_dir", "export"):
-            value = getattr(self, name)
-            _require(value is None or value.strip(), name, value, "a name or a path")
-        if self.lora_layers is not None and not self.peft:
-            raise UserError("--lora_layers goes with --peft")
-        goes_with = {"peft": ("finetune",), "resume": ("finetune",), "input": ("predict",), "output": ("predict",)}
-        goes_with["push_to_hub"] = ("finetune", "baseline", "merge")
-        goes_with |= {"dry_run": ("sweep",), "ray": ("sweep",), "export": ("report",)}
-        for name, modes in goes_with.items():
-            if getattr(self, name) and self.mode not in modes:
-                raise UserError(f"--{name} goes with {' or '.join(f'--{mode}' for mode in modes)}")
+        counts = "limit lora_r lora_layers epochs batch_size gradient_accumulation_steps save_every workers"
+        for low, names in ((0, "seed"), (1, counts), (3, "max_length")):
+            self._require(names, low.__le__, f"a whole number of at least {low}")
+        self._require("lr lora_alpha", lambda value: 0 < value < math.inf, "a number above 0")
+        self._require("weight_decay max_grad_norm", lambda value: 0 <= value < math.inf, "a number of at least 0")
+        self._require("lora_dropout warmup_ratio", lambda value: 0 <= value <= 0.99, "a number from 0 to 0.99")
+        self._require("seed", lambda value: value < 2**32, "a whole number below 2**32")
+        self._require("device", re.compile(r"auto|cpu|mps|cuda(:\d+)?").fullmatch, "auto, cpu, cuda, cuda:N or mps")
+        paths = "dataset dataset_dir model input output output_dir plots_dir export"
+        self._require(f"{paths} text_column label_column push_to_hub project", str.strip, "a name or a path")
         if self.texts and self.input:
             raise UserError(f"--predict: expected texts or --input, got {self.texts[0]!r} and {self.input!r}")
+
+    def _require(self, names: str, ok: Callable[[Any], Any], expected: str) -> None:
+        for name in names.split():
+            if (value := getattr(self, name)) is not None and not ok(value):
+                raise UserError(f"--{name}: expected {expected}, got {value!r}")
 
     @property
     def method(self) -> str:
         """What a reader would call the run's method: full, lora or baseline."""
         return "baseline" if self.mode == "baseline" else "lora" if self.peft else "full"
 
+    def refuse_unread(self, given: Iterable[str]) -> "TrainConfig":
+        """Itself; UserError for a flag among `given` that would be ignored."""
+        for name in given:
+            if owner := unread(name, self.mode, self.peft):
+                raise UserError(f"--{name} goes with {owner}")
+        return self
 
-def _require(ok: Any, name: str, value: Any, expected: str) -> None:
-    if not ok:
-        raise UserError(f"--{name}: expected {expected}, got {value!r}")
+
+def unread(name: str, mode: str, peft: bool) -> str:
+    """What the flag `name` goes with, in words, where such a call does not read it; else nothing."""
+    if mode not in READ_BY[name]:
+        return " or ".join(f"--{one}" for one in READ_BY[name])
+    return "--peft" if name.startswith("lora_") and mode == "finetune" and not peft else ""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -291,13 +294,9 @@ def parse_args(argv: list[str] | None = None) -> TrainConfig:
     chosen = {mode: values.pop(mode) for mode in MODES}  # now values holds what was given, and TrainConfig the defaults
     mode = next((mode for mode in MODES if chosen[mode] not in (None, False)), None)
     runs = chosen.get(mode) if mode in ("predict", "report") else [chosen["merge"] or chosen["sync"] or chosen["sweep"]]
-    texts = ()
-    if mode == "predict":
-        runs, texts = runs[:1], tuple(runs[1:])
-    if mode == "sweep":
-        if "peft" in values:
-            parser.error("--peft beside --sweep: the file says the method of each cell")
-        values["given"] = ",".join(values)
+    runs, texts = (runs[:1], tuple(runs[1:])) if mode == "predict" else (runs, ())
+    given = ",".join(values) if mode == "sweep" else ""
+    asked = {"mode": mode, "runs": tuple(filter(None, runs)), "texts": texts, "given": given}
     run = values.get("resume")
     if mode is None and (run is None or run == NEWEST):
         parser.print_help(sys.stderr)
@@ -305,7 +304,7 @@ def parse_args(argv: list[str] | None = None) -> TrainConfig:
     try:
         if run is not None and run != NEWEST:
             return _config_of(run, {**values, **({"mode": mode} if mode else {})})
-        return TrainConfig(mode=mode, runs=tuple(run for run in runs or () if run), texts=texts, **values)
+        return TrainConfig(**asked, **values).refuse_unread(values)
     except UserError as error:
         parser.error(str(error))
 
@@ -314,18 +313,19 @@ def _config_of(run: str, given: dict[str, Any]) -> TrainConfig:
     """The config that `run` began with. What is given beside --resume must agree with it."""
     try:
         stored = json.loads(Path(run, "config.json").read_text(encoding="utf-8"))["config"]
-        stored = {spec.name: stored[spec.name] for spec in fields(TrainConfig)} | {"runs": (), "texts": ()}
+        stored = {spec.name: stored[spec.name] for spec in fields(TrainConfig)}
+        stored |= {"runs": (), "texts": (), "resume": run}
         strange = [spec.name for spec in fields(TrainConfig) if spec.metadata and not of_kind(spec, stored[spec.name])]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"--resume: expected a run folder with its config.json, got {run!r} ({error})") from error
+        what = "expected a run folder with config.json, got" if isinstance(error, OSError) else "damaged config.json in"
+        raise UserError(f"--resume: {what} {run!r} ({error})") from error
     if strange or stored["mode"] not in MODES:
         raise UserError(f"--resume: {run}/config.json holds a wrong value under {(strange or ['mode'])[0]}")
     differ = [f"{key} was {stored[key]!r}, given {value!r}" for key, value in given.items() if stored[key] != value]
-    differ = [text for text in differ if not text.startswith(("resume ", "plots_dir "))]  # say nothing of the run
     if differ:
         raise UserError(f"--resume {run}: that run had another config: {'; '.join(differ)}")
     try:
-        return TrainConfig(**{**stored, "resume": run})
+        return TrainConfig(**stored).refuse_unread(["resume"])
     except UserError as error:
         raise UserError(f"--resume: {run}/config.json holds a wrong value: {error}") from error
 

@@ -13,12 +13,13 @@ seeds = [1, 2, 3, 4, 5] # for these cells, instead of those above
 
 import itertools
 import tomllib
+from collections.abc import Iterable
 from dataclasses import Field, asdict, fields
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from config import TrainConfig, UserError, of_kind
+from config import READ_BY, TrainConfig, UserError, of_kind, unread
 
 METHODS = {"full": {}, "lora": {"peft": True}, "baseline": {"mode": "baseline"}}
 FLAGS = {spec.name: spec for spec in fields(TrainConfig) if spec.metadata}
@@ -59,20 +60,37 @@ def read_grid(path: Path, given: dict[str, Any]) -> list[TrainConfig]:
         raise UserError(f"{path}: cell: expected at least one [[cell]] table, found {cells!r}")
     if not isinstance(defaults, dict):
         raise UserError(f"{path}: defaults: expected a [defaults] table, found {defaults!r}")
-    runs: dict[tuple, TrainConfig] = {}
+    found: list[TrainConfig] = []
     for number, cell in enumerate(cells, 1):
         where = f"{path}: cell {number}"
         table = {**defaults, **cell}
         table["seeds"] = [given["seed"]] if "seed" in given else table.get("seeds", content.get("seeds"))
-        for config in _expand(table, {key: value for key, value in given.items() if key != "seed"}, where):
-            runs.setdefault(identity(asdict(config)), config)
+        some = _expand(table, {key: value for key, value in given.items() if key != "seed"}, where)
+        _refuse_unread(cell, some, f"{where}: ")
+        found += some
+    _refuse_unread(defaults, found, f"{path}: defaults: ")
+    _refuse_unread(given, found, f"{path}: ")
+    runs: dict[tuple, TrainConfig] = {}
+    for config in found:
+        runs.setdefault(identity(asdict(config)), config)
     return list(runs.values())
+
+
+def _refuse_unread(keys: Iterable[str], configs: list[TrainConfig], where: str) -> None:
+    """UserError for a key that none of the runs would read."""
+    for key in (key for key in keys if key in READ_BY):
+        owners = [unread(key, config.mode, config.peft) for config in configs]
+        if all(owners):
+            raise UserError(f"{where}--{key} goes with {owners[0]}")
 
 
 def identity(config: dict[str, Any]) -> tuple:
     """What a run computes, from its config (a `TrainConfig` as a dict, such as config.json holds). Runs of the same
-    identity repeat each other. A field that an older record lacks has its default."""
+    identity repeat each other. A field that an older record lacks has its default, and so has one that is not read."""
     values = {spec.name: config.get(spec.name, spec.default) for spec in fields(TrainConfig)}
+    for name in READ_BY:
+        if unread(name, values["mode"], values["peft"]):
+            values[name] = FLAGS[name].default
     if values["dataset_dir"]:
         values["dataset_dir"] = str(Path(values["dataset_dir"]).resolve())
     return tuple((key, value) for key, value in values.items() if key not in NOT_COMPUTED)
@@ -102,11 +120,11 @@ def _plain_name(config: dict[str, Any]) -> str:
 
 
 def command_words(config: TrainConfig) -> list[str]:
-    """The words after `python main.py` that `parse_args` turns into `config`."""
+    """The words after `python main.py` that `parse_args` turns into `config`, but for flags that it does not read."""
     words = [f"--{config.mode}"]
     for name, spec in FLAGS.items():
         value = getattr(config, name)
-        if value == spec.default:
+        if value == spec.default or unread(name, config.mode, config.peft):
             continue
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")

@@ -58,7 +58,8 @@ def intervals(
 def score(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
     """`loss` (mean cross-entropy in nats) and the metrics of one split. probabilities: [n, classes]."""
     chosen = probabilities[np.arange(len(labels)), labels]
-    loss = float(-np.log(np.maximum(chosen, np.finfo(np.float64).tiny)).mean())
+    # 0 - x, not -x: no negative zero where every row is certain and right. Rounding may leave a probability above 1.
+    loss = float(0.0 - np.log(np.clip(chosen, np.finfo(np.float64).tiny, 1.0)).mean())
     return {"loss": loss, **classification_metrics(labels, probabilities.argmax(axis=1), probabilities.shape[1])}
 
 

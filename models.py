@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers import logging as transformers_logging
@@ -130,6 +131,8 @@ def load_classifier(source: ModelSource, label_names: tuple[str, ...]) -> nn.Mod
         )
     except Exception as error:  # of many kinds: safetensors', the hub's, shapes that differ
         reason = _first_line(error)
+        if isinstance(error, SafetensorError):  # it names no file
+            reason = f"its model.safetensors is damaged: {reason}"
         if "ignore_mismatched_sizes" in str(error):
             reason = f"its weights have other shapes than its config.json and {len(names)} classes ask for"
         raise UserError(f"--model {source.name}: {reason}") from error
@@ -154,14 +157,17 @@ def load_saved(source: ModelSource, label_names: tuple[str, ...]) -> nn.Module:
     from safetensors.torch import load_file
 
     try:
-        load_file(folder / "adapter_model.safetensors")  # PEFT would look for another file, or at the hub
+        reading = "adapter_model.safetensors"
+        load_file(folder / reading)  # PEFT would look for another file, or at the hub
+        reading = "model.safetensors"
         base = AutoModelForSequenceClassification.from_config(source.config, dtype=torch.float32)
-        base.load_state_dict(load_file(folder / "model.safetensors"))
+        base.load_state_dict(load_file(folder / reading))
         with warnings.catch_warnings():  # PEFT reads names that transformers is about to drop
             warnings.simplefilter("ignore", FutureWarning)
             return PeftModel.from_pretrained(base, folder).merge_and_unload()
     except Exception as error:  # of many kinds: safetensors', PEFT's, shapes that differ
-        raise UserError(f"--model {source.name}: {_first_line(error)}") from error
+        damaged = f"its {reading} is damaged: " * isinstance(error, SafetensorError)
+        raise UserError(f"--model {source.name}: {damaged}{_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:
@@ -297,7 +303,7 @@ def model_card(record: dict[str, Any], scores: dict[str, Any]) -> str:
             f"- Base: {model['name']} ({model['source']}). Its license holds for these weights too: "
             f"{model['license'] or 'its card names none, so ask where it comes from'}.",
             f"- Data: {data['name']} ({data['source']}), rows {data['rows']}; classes: {', '.join(data['labels'])}.",
-            f"- Best epoch, chosen by validation accuracy: {record['best_epoch']} of {record['config']['epochs']}.",
+            f"- Best epoch by validation accuracy, then loss: {record['best_epoch']} of {record['config']['epochs']}.",
             "",
             f"| test ({test['rows']} rows) | value | 95% interval over rows |",
             "|---|---|---|",

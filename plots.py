@@ -96,7 +96,9 @@ def curves(cells: dict[str, Cell], key: str, label: str) -> Figure:
         axes.plot(epochs, mean, color=colour[name], linewidth=1.6, **style)
         axes.fill_between(epochs, values.min(axis=0), values.max(axis=0), color=colour[name], alpha=0.2, linewidth=0)
         ends.append((epochs[-1], mean[-1], cell.name, colour[name]))
-    axes.set(xlabel="epoch", ylabel=label, xlim=(0 if last == 1 else 1, last))
+    first = 0 if last == 1 else 1
+    margin = 0.02 * (last - first)  # else the markers at the ends are cut
+    axes.set(xlabel="epoch", ylabel=label, xlim=(first - margin, last + margin))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _label_ends(axes, ends)
     return figure
@@ -162,7 +164,8 @@ def against(points: list[tuple[str, str, float, float, float, float, bool]], lab
             named.append((x, value, name, colour[variant]))
     axes.set(xlabel=label, ylabel=quality)
     axes.margins(x=0.25)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 1k, 10k, 1M
+    engineering = EngFormatter(sep="")  # 1k, 10k, 1M; but 0.5, not 500m
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}" if value < 1 else engineering(value))
     axes.xaxis.set_minor_formatter(NullFormatter())
     if np.ptp(np.log10(axes.get_xlim())) < 1:  # no power of ten may lie there
         axes.xaxis.set_major_locator(MaxNLocator(4))
@@ -196,7 +199,8 @@ def calibration(cell: Cell) -> Figure:
     axes.plot([low, 1], [low, 1], color=INK, linestyle=":", linewidth=1, label="perfectly calibrated")
     bins = [part for part in np.array_split(np.argsort(confidence, kind="stable"), 10) if len(part)]
     x, y = [confidence[part].mean() for part in bins], [right[part].mean() for part in bins]
-    axes.plot(x, y, "o-", color=BLUE, markersize=4, label=f"{cell.name} ({len(cell.runs)} seeds)")
+    seeds = f"{len(cell.runs)} seed{'s' * (len(cell.runs) > 1)}"
+    axes.plot(x, y, "o-", color=BLUE, markersize=4, label=f"{cell.name} ({seeds})")
     axes.set(xlabel="mean probability of the predicted class", ylabel="share that is right")
     axes.legend(fontsize=9, loc="upper left")
     return figure

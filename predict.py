@@ -57,6 +57,15 @@ class SavedRun:
     def error(self, reason: object) -> UserError:
         return UserError(f"--{self.flag} {self.path}: {reason}")
 
+    def load(self) -> tuple[Any, nn.Module]:
+        """(tokenizer, model in fp32). UserError where they are damaged."""
+        try:
+            source = models.find_model(str(self.folder))
+            tokenizer, _ = models.load_tokenizer(source, None)
+            return tokenizer, models.load_saved(source, self.label_names)
+        except UserError as error:
+            raise self.error(str(error).removeprefix("--model model: ")) from error
+
 
 def open_saved(run: str, flag: str) -> SavedRun:
     """Raises UserError where `run` is not the folder of a finished run, with its model."""
@@ -65,8 +74,10 @@ def open_saved(run: str, flag: str) -> SavedRun:
         saved = SavedRun(path, flag, json.loads((path / "config.json").read_text(encoding="utf-8")))
         if not (saved.label_names and saved.record["method"] and saved.record["max_length"]):
             raise KeyError("method")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
         raise UserError(f"--{flag}: expected a run folder with its config.json, got {run!r}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--{flag}: {path / 'config.json'} is damaged ({type(error).__name__}: {error})") from error
     if not (path / "result.json").exists():
         raise saved.error(f"not finished; go on with it: python main.py --resume {run}")
     for name in ("config.json", "model.safetensors"):
@@ -82,12 +93,8 @@ class Predictor:
         self.saved = saved
         accelerator, self.precision = open_device(device, precision)
         self.device = accelerator.device
-        try:
-            source = models.find_model(str(saved.folder))
-            tokenizer, _ = models.load_tokenizer(source, None)
-            self.model = models.load_saved(source, saved.label_names).to(self.device).eval().requires_grad_(False)
-        except UserError as error:
-            raise saved.error(str(error).removeprefix("--model model: ")) from error
+        tokenizer, model = saved.load()
+        self.model = model.to(self.device).eval().requires_grad_(False)
         record = saved.record
         self.cutter = Cutter(tokenizer, record["max_length"], record["config"].get("truncation", "head"))
         self.forward = self._forward(self.precision)
@@ -137,7 +144,7 @@ class Predictor:
 def predict(config: TrainConfig) -> None:
     """Label the texts of the command line, of --input or of standard input; write JSON lines or added columns."""
     saved = open_saved(config.runs[0], "predict")
-    source = open_input(config.texts, config.input, config.text_column)
+    source = open_input(config.texts, config.input, config.text_column, saved.record["config"].get("text_column"))
     sink = open_output(config.output, source, saved.label_names)
     predictor = Predictor(saved, config.device, config.precision)
     # A bar between the answers on a terminal would be in the way.
@@ -189,13 +196,12 @@ def merge(config: TrainConfig) -> Path:
         raise saved.error(f"expected a LoRA run; this one is {saved.record['method']}, and model/ is all there is")
     folder = saved.path / "merged"
     if not folder.exists():
-        source = models.find_model(str(saved.folder))
-        tokenizer, _ = models.load_tokenizer(source, None)
+        tokenizer, model = saved.load()
         card = (saved.folder / "README.md").read_text(encoding="utf-8")
         card = card.replace("library_name: peft", "library_name: transformers")
         scratch = Path(tempfile.mkdtemp(dir=saved.path, prefix=".merged"))
         try:
-            models.save_model(models.load_saved(source, saved.label_names), tokenizer, scratch, card)
+            models.save_model(model, tokenizer, scratch, card)
             os.chmod(scratch, 0o755)  # noqa: PTH101, S103 - a temporary folder is private, a model is not
             scratch.rename(folder)
         finally:

@@ -57,8 +57,10 @@ def choose_columns(found: list[str], where: str, wanted: Columns = USUAL) -> tup
     return text, label
 
 
-def choose_column(kind: str, found: list[str], where: str, wanted: str | None) -> str:
-    """The column of `kind`, text or label."""
+def choose_column(kind: str, found: list[str], where: str, wanted: str | None, guess: str | None = None) -> str:
+    """The column of `kind`, text or label: the one wanted, else `guess` if it is there, else by its usual names."""
+    if wanted is None and guess in found:
+        wanted = guess
     if wanted is not None:
         if wanted not in found:
             raise UserError(f"{where}: expected the column {wanted!r} (--{kind}_column), found {brief(found)}")
@@ -87,7 +89,8 @@ def text_lines(handle: BinaryIO, where: str) -> Iterator[str]:
             line = (raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw).decode()
         except UnicodeDecodeError as error:
             found = f"the byte 0x{error.object[error.start]:02x}"
-            raise UserError(f"{where}, line {number}: expected UTF-8, found {found}") from error
+            hint = "; convert it, such as by iconv -f latin1 -t utf-8"
+            raise UserError(f"{where}, line {number}: expected UTF-8, found {found}{hint}") from error
         if "\0" in line:
             raise UserError(f"{where}, line {number}: expected UTF-8 text, found a NUL byte")
         blank = blank and not line.strip()
@@ -162,7 +165,7 @@ def _csv_pairs(file: Path, wanted: Columns) -> Iterator[tuple[str, str]]:
     """(text, label) of each row behind the header."""
     rows = csv_rows(file)
     for line, header in rows:
-        chosen = choose_columns(header, f"{file}, line {line}", wanted)
+        chosen = choose_columns(header, f"{file}, line {line} (taken as the header)", wanted)
         text, label = map(header.index, chosen)
         yield from ((cells[text], cells[label]) for _, cells in rows if cells)
 

@@ -106,6 +106,10 @@ def read_runs(paths: list[Path]) -> list[Run]:
             files = [path / "result.json"]
         else:
             files = [*path.glob("*/result.json"), *path.glob("*/*/result.json"), *path.glob("**/*.run.json")]
+        if not path.exists():
+            raise UserError(f"--report: {path} does not exist; python main.py --finetune makes a run")
+        if not files and (path / "config.json").exists():
+            raise UserError(f"--report: {path} is no finished run; go on with it: python main.py --resume {path}")
         if not files:
             raise UserError(f"--report: no finished run in {path}; make one with python main.py --finetune")
         for file in sorted(files):

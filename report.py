@@ -143,10 +143,16 @@ def sentence(one: Comparison, p: float) -> str:
     lone = [c.name for c in (one.cell, one.reference) if len(c.runs) == 1 and c.first.method != "baseline"]
     caveat = f" But {' and '.join(lone)} ran with one seed, which says nothing about others." if lone else ""
     return (
-        f"{name} {said} (difference {value:+.1f}, 95% interval {low:+.1f} to {high:+.1f}; with {difference.seeds[0]} "
-        f"and {difference.seeds[1]} seeds this set detects {100 * difference.detectable:.1f}; p {p:.3g} after Holm)."
+        f"{name} {said} (difference {value:+z.1f}, 95% interval {low:+z.1f} to {high:+z.1f}; with "
+        f"{difference.seeds[0]} and {difference.seeds[1]} seeds this set detects {detectable(difference)}; "
+        f"p {p:.3g} after Holm)."
         f"{caveat}"
     )
+
+
+def detectable(difference: stats.Difference) -> str:
+    """In points. There is no difference above 100: then the seeds are too few for any."""
+    return "none (>100)" if difference.detectable > 1 else f"{100 * difference.detectable:.1f}"
 
 
 def _prefix(group: list[Cell], taken: list[str]) -> str:
@@ -235,9 +241,8 @@ def comparison_blocks(compared: list[tuple[Comparison, float]], draw: Gallery) -
     for one, p in compared:
         got = one.difference
         mcnemar = "-" if one.mcnemar is None else f"{one.mcnemar:.3g}"
-        row = (one.cell.name, one.reference.name, one.metric, f"{100 * got.value:+.1f}")
-        rows.append((*row, f"{100 * got.low:+.1f} to {100 * got.high:+.1f}", f"{p:.3g}", mcnemar))
-        rows[-1] += (f"{100 * got.detectable:.1f}",)
+        row = (one.cell.name, one.reference.name, one.metric, f"{100 * got.value:+z.1f}")
+        rows.append((*row, f"{100 * got.low:+z.1f} to {100 * got.high:+z.1f}", f"{p:.3g}", mcnemar, detectable(got)))
     figure = plots.forest(
         [f"{one.cell.name}, {one.metric}" for one, _ in compared],
         [tuple(100 * number for number in (d.value, d.low, d.high)) for d in (one.difference for one, _ in compared)],

@@ -33,6 +33,7 @@ from tokens import Cutter, tokenize
 from tracking import Logger, NullLogger, open_logger
 
 PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate", "scikit-learn", "tokenizers", "numpy")
+FEW_ROWS = 30  # of validation: one row more or less right is 3 points
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ def announce(job: Job, record: dict[str, Any]) -> None:
     say(f"       classes: {', '.join(data.label_names)}\ndevice {job.accelerator.device}, {job.precision}")
     for note in data.notes:
         say(f"note: {note}")
+    if (few := len(data.splits["validation"])) < FEW_ROWS:
+        say(f"warning: validation has {few} rows: too few to choose well by")
     if trained := record.get("trainable_parameters"):
         total = record["total_parameters"]
         say(f"trains {trained:,} of {total:,} parameters ({trained / total:.1%})")
@@ -312,6 +315,13 @@ def write_outcome(job: Job, run_dir: Path, result: dict[str, Any], probabilities
     print(f"run folder: {run_dir}")
     if job.config.push_to_hub:
         hub.upload(run_dir / "model", job.config.push_to_hub)
+
+
+def warn_of_one_answer(labels: np.ndarray, probabilities: np.ndarray, names: tuple[str, ...]) -> None:
+    """Say so where the model calls all validation rows the same, though they are not. probabilities: [n, classes]."""
+    called = np.unique(probabilities.argmax(axis=1))
+    if len(called) == 1 and len(np.unique(labels)) > 1:
+        say(f"warning: the model calls every validation row {names[called[0]]!r}; try a lower --lr, or more --epochs")
 
 
 def summary(result: dict[str, Any]) -> str:

@@ -41,7 +41,8 @@ class Difference:
     low: float
     high: float
     p: float  # two-sided, from the same draws as the interval
-    detectable: float  # the true difference that would be found in 80% of repetitions with new seeds and rows
+    # The true difference that would be found in 80% of repetitions with new seeds and rows; above 1 where none would.
+    detectable: float
     seeds: tuple[int, ...]  # of each cell
 
 
@@ -140,7 +141,11 @@ def contrast(parts: list[tuple[float, Scores]], paired: bool = True) -> Differen
     needed = stats.norm.ppf(1 - (1 - CONFIDENCE) / 2) + stats.norm.ppf(POWER)
     # The interval's half width, not the standard deviation: Student's t with two degrees of freedom has none.
     error = (high - low) / 2 / stats.norm.ppf(1 - (1 - CONFIDENCE) / 2)
-    return Difference(value, low, high, p, float(needed * error), tuple(len(scores.observed) for _, scores in parts))
+    seeds = tuple(len(scores.observed) for _, scores in parts)
+    # Each mean lies between 0 and 1; Student's t of two seeds does not know that.
+    least, most = (sum(bound(weight, 0) for weight, _ in parts) for bound in (min, max))
+    low, high = np.clip((low, high), least, most).tolist()
+    return Difference(value, low, high, p, float(needed * error), seeds)
 
 
 def _interval(draws: np.ndarray) -> tuple[float, float]:

@@ -9,8 +9,9 @@ import io
 import json
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -19,12 +20,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from config import UserError
+from config import UserError, say
 from readers import brief, choose_column, csv_rows, json_rows, open_file, text_lines
 
 WINDOW_ROWS = 4096
 WINDOW_CHARACTERS = 2**23  # for texts of a megabyte each
 LABEL, PROBABILITIES = "predicted_label", "probabilities"
+Choose = Callable[[list[str], str], str]  # the columns of a file and its name -> that of the texts
 INPUTS = (".txt", ".csv", ".tsv", ".jsonl", ".json", ".parquet")
 
 
@@ -48,8 +50,12 @@ class Source(NamedTuple):
     file: Path | None
 
 
-def open_input(texts: tuple[str, ...], file: str | None, text_column: str | None) -> Source:
-    """The texts given, the file named, or standard input. UserError where there is nothing to read."""
+def open_input(texts: tuple[str, ...], file: str | None, text_column: str | None, guess: str | None = None) -> Source:
+    """The texts given, the file named, or standard input. UserError where there is nothing to read.
+
+    text_column: that of the file, where the user named it; guess: that of the file the run was trained on.
+    """
+    choose = partial(choose_column, "text", wanted=text_column, guess=guess)
     if texts:
         return Source(_windows(({"text": text}, text) for text in texts), "lines", None)
     if file is None:
@@ -64,14 +70,14 @@ def open_input(texts: tuple[str, ...], file: str | None, text_column: str | None
     if ending not in INPUTS:
         raise UserError(f"--input {file}: expected a file that ends in {' '.join(INPUTS)}")
     if ending == ".parquet":
-        return Source(_parquet_windows(path, text_column), "parquet", path)
+        return Source(_parquet_windows(path, choose), "parquet", path)
     with open_file(path):
         pass  # a file that is not there is told before the model is loaded
     if ending == ".txt":
         return Source(_windows(_lines(path, file)), "lines", path)
     if ending in (".csv", ".tsv"):
-        return Source(_windows(_csv(path, text_column)), ending[1:], path)
-    return Source(_windows(_json(path, text_column)), "json", path)
+        return Source(_windows(_csv(path, choose)), ending[1:], path)
+    return Source(_windows(_json(path, choose, text_column)), "json", path)
 
 
 def _windows(rows: Iterator[tuple[dict[str, Any], str]], most: int = WINDOW_ROWS) -> Iterator[Window]:
@@ -93,10 +99,10 @@ def _lines(source: Path | BinaryIO, name: str) -> Iterator[tuple[dict[str, Any],
         yield {"text": text}, text
 
 
-def _csv(file: Path, text_column: str | None) -> Iterator[tuple[dict[str, Any], str]]:
+def _csv(file: Path, choose: Choose) -> Iterator[tuple[dict[str, Any], str]]:
     rows = csv_rows(file)
     for line, header in islice(rows, 1):
-        column = choose_column("text", header, f"{file}, line {line}", text_column)
+        column = choose(header, f"{file}, line {line} (taken as the header)")
         _check_free(header, f"{file}, line {line}")
         if len(set(header)) < len(header):
             raise UserError(f"{file}, line {line}: expected columns of different names, found {brief(header)}")
@@ -105,12 +111,12 @@ def _csv(file: Path, text_column: str | None) -> Iterator[tuple[dict[str, Any], 
         yield row, row.get(column, "")
 
 
-def _json(file: Path, text_column: str | None) -> Iterator[tuple[dict[str, Any], str]]:
+def _json(file: Path, choose: Choose, text_column: str | None) -> Iterator[tuple[dict[str, Any], str]]:
     column = text_column
     for line, row in json_rows(file):
         where = f"{file}, line {line}"
         if row and column is None:
-            column = choose_column("text", list(row), where, None)
+            column = choose(list(row), where)
         _check_free(row, where)
         text = row.get(column) if row else None
         if not isinstance(text, str | None):
@@ -118,13 +124,13 @@ def _json(file: Path, text_column: str | None) -> Iterator[tuple[dict[str, Any],
         yield row, text or ""
 
 
-def _parquet_windows(file: Path, text_column: str | None) -> Iterator[Window]:
+def _parquet_windows(file: Path, choose: Choose) -> Iterator[Window]:
     try:
         parquet = pq.ParquetFile(file, memory_map=True)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{file}: expected a parquet file: {brief(str(error))}") from error
     names = parquet.schema_arrow.names
-    column = choose_column("text", names, str(file), text_column)
+    column = choose(names, str(file))
     _check_free(names, str(file))
     kind = parquet.schema_arrow.field(column).type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
@@ -211,11 +217,14 @@ def open_output(file: str | None, source: Source, label_names: tuple[str, ...]) 
         return Output(None, "json", source, label_names)
     path, own = Path(file), {"lines": (), "json": ()}.get(source.kind, (f".{source.kind}",))
     if path.suffix.lower() not in (".jsonl", *own):
-        raise UserError(f"--output {file}: expected a file that ends in {' or '.join(('.jsonl', *own))}")
+        why = "JSON lines, or the type of the input, whose columns are kept"
+        raise UserError(f"--output {file}: expected a file that ends in {' or '.join(('.jsonl', *own))} ({why})")
     if source.file and path.exists() and path.samefile(source.file):
         raise UserError(f"--output {file}: expected another file than --input")
     if not path.parent.is_dir():
         raise UserError(f"--output {file}: expected a folder that exists, found none at {path.parent}")
+    if path.exists():
+        say(f"warning: --output {file} exists and is written over")
     return Output(path, "json" if path.suffix.lower() == ".jsonl" else source.kind, source, label_names)
 
 

@@ -275,7 +275,7 @@ def _json_number(value: float) -> float | str:
 
 
 def _readable(value: float) -> str:
-    return f"{value:,.0f}" if 1000 <= abs(value) < math.inf else f"{value:.4g}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < math.inf else f"{value:z.4g}"  # no negative zero
 
 
 def _say(text: str) -> None:

@@ -43,6 +43,7 @@ class Progress:
     global_step: int = 0
     train_seconds: float = 0.0
     best_accuracy: float = -math.inf
+    best_loss: float = math.inf  # on validation, of the same epoch
     best_epoch: int = 0
     best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
     skipped_steps: int = 0
@@ -73,7 +74,7 @@ class Progress:
 
 
 def finetune(config: TrainConfig, source: models.ModelSource) -> Path:
-    """Train, keep the best epoch by validation accuracy, score test once. Returns the run folder."""
+    """Train, keep the best epoch by validation accuracy, then loss; score test once. Returns the run folder."""
     if config.resume:
         wanted, config = config, runs.find_resumable(config)
         if config is None:
@@ -206,7 +207,8 @@ def restore(
     models.load_trained_state(engine.model, state["weights"])
     engine.optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
-    for name, value in state["progress"].items():
+    # A checkpoint from before losses broke ties keeps its earliest epoch.
+    for name, value in {"best_loss": -math.inf, **state["progress"]}.items():
         setattr(progress, name, value)
     own = state["processes"][accelerator.process_index]
     progress.window_loss = own["window_loss"].to(accelerator.device)
@@ -280,7 +282,7 @@ def train(
                     values = {**progress.flush_window(accelerator), "train/lr": learning_rate}
                     logger.log(values, step=progress.global_step, epoch=progress.global_step / steps)
                     bar.set_postfix(
-                        loss=f"{values['train/loss']:.3f}", rate=f"{values['train/samples_per_second']:.0f}/s"
+                        loss=f"{values['train/loss']:z.3f}", rate=f"{values['train/samples_per_second']:.0f}/s"
                     )
                 if at_end:
                     validate(engine, splits["validation"], accelerator, logger, epoch + 1, progress)
@@ -311,11 +313,12 @@ def own_part(split: TokenSplit, indices: np.ndarray, accelerator: Accelerator) -
 def validate(
     engine: Engine, split: TokenSplit, accelerator: Accelerator, logger: Logger, epoch: int, progress: Progress
 ) -> None:
-    """Score the validation rows, log them, and keep the weights if no earlier epoch was as accurate."""
+    """Score the validation rows, log them, and keep the weights if no earlier epoch was as accurate, or an equally
+    accurate one had a higher loss: few rows tie often, and the first of equals has hardly learned."""
     got = score(split.labels, predict_probabilities(engine, split, accelerator))
     logger.log({f"val/{name}": value for name, value in got.items()}, step=progress.global_step, epoch=epoch)
-    if got["accuracy"] > progress.best_accuracy:
-        progress.best_accuracy, progress.best_epoch = got["accuracy"], epoch
+    if (got["accuracy"], -got["loss"]) > (progress.best_accuracy, -progress.best_loss):
+        progress.best_accuracy, progress.best_loss, progress.best_epoch = got["accuracy"], got["loss"], epoch
         progress.best_weights = models.trained_state(engine.model)
 
 
@@ -328,17 +331,18 @@ def finish(
     record: dict[str, Any],
 ) -> None:
     """Score validation and test with the best weights, and write what a finished run leaves: result.json last."""
-    scores = {}
+    found, scores = {}, {}
     for name, split in (("val", splits["validation"]), ("test", splits["test"])):
-        probabilities = predict_probabilities(engine, split, job.accelerator)
-        scores[name] = score_with_intervals(split.labels, probabilities)
+        found[name] = predict_probabilities(engine, split, job.accelerator)
+        scores[name] = score_with_intervals(split.labels, found[name])
     model = engine.model_to_save()
     if job.accelerator.is_main_process:
         values = {f"test/{name}": value for name, value in scores["test"].items() if isinstance(value, float)}
         logger.log(values, step=record["steps"], epoch=job.config.epochs)
         try:
             models.save_model(model, job.tokenizer, run_dir / "model", models.model_card(record, scores))
-            runs.write_outcome(job, run_dir, {**record, **scores}, probabilities)
+            runs.write_outcome(job, run_dir, {**record, **scores}, found["test"])
+            runs.warn_of_one_answer(splits["validation"].labels, found["val"], job.data.label_names)
         except (OSError, SafetensorError) as error:
             raise UserError(f"model and results cannot be written to {run_dir}: {error}") from error
     job.accelerator.wait_for_everyone()

@@ -51,7 +51,8 @@ def cli(tiny_model, tiny_data, tmp_path, capsys):
     from main import main
 
     def run(*words: str, dataset: str | None = "rotten_tomatoes") -> tuple[int, str, str]:
-        where = ["--output_dir", str(tmp_path / "runs"), "--plots_dir", str(tmp_path / "plots")]  # words may override
+        where = ["--output_dir", str(tmp_path / "runs")] * ("--sync" not in words)  # words may override
+        where += ["--plots_dir", str(tmp_path / "plots")] * ("--report" in words)
         where += ["--dataset", str(tiny_data / dataset), "--model", str(tiny_model)] if dataset else []
         capsys.readouterr()
         try:

@@ -252,9 +252,9 @@ def run(finished, tmp_path) -> Path:
 
 RUN_FAULTS = {
     "no config.json": (lambda run: (run / "config.json").unlink(), ["config.json"]),
-    "config.json cut": (bytes_of("config.json", lambda data: data[:50]), ["config.json"]),
-    "config.json not UTF-8": (bytes_of("config.json", lambda data: b"\xff\xfe"), ["config.json"]),
-    "config.json a list": (bytes_of("config.json", lambda data: b"[]"), ["config.json"]),
+    "config.json cut": (bytes_of("config.json", lambda data: data[:50]), ["damaged config.json"]),
+    "config.json not UTF-8": (bytes_of("config.json", lambda data: b"\xff\xfe"), ["damaged config.json"]),
+    "config.json a list": (bytes_of("config.json", lambda data: b"[]"), ["damaged config.json"]),
     "config.json without config": (bytes_of("config.json", lambda data: b"{}"), ["'config'"]),
     "config a list": (bytes_of("config.json", lambda data: b'{"config": []}'), ["config.json"]),
     "a field is missing": (config_with(b'"lr"', b'"rate"'), ["'lr'"]),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from config import TrainConfig, UserError, build_parser, parse_args
+from config import READ_BY, TrainConfig, UserError, build_parser, parse_args
 
 ROOT = Path(__file__).parent.parent
 WITH_VALUES = [action for action in build_parser()._actions if action.nargs != 0]
@@ -79,8 +79,9 @@ def test_both_spellings_of_every_flag(option):
     action = next(action for action in build_parser()._actions if option in action.option_strings)
     value = action.choices[-1] if action.choices else value
     hyphens = option[:2] + option[2:].replace("_", "-")
+    mode = [f"--{READ_BY[action.dest][0]}", *(["--peft"] if option.startswith("--lora") else [])]
     parsed = [
-        parse_args([*(["--finetune", "--peft"] if option.startswith("--lora") else ["--baseline"]), *words])
+        parse_args([*mode, *words])
         for words in ([option, value], [f"{option}={value}"], [hyphens, value], [f"{hyphens}={value}"])
     ]
     assert all(config == parsed[0] for config in parsed)
@@ -136,6 +137,7 @@ def test_a_wrong_value_is_refused_in_one_line(flag, value, expected, capsys):
     [
         "--baseline --peft",
         "--report --peft",
+        "--sweep x --peft",
         "--finetune --bogus 1",
         "--finetune stray",
         "--finetune --lr",
@@ -193,3 +195,29 @@ except SystemExit: pass
 print(sorted(set({heavy.split()}) & set(sys.modules)))"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--finetune --lora_r 8", "--lora_r goes with --peft"),
+        ("--finetune --lora_alpha 32", "--lora_alpha goes with --peft"),  # given, if only its default
+        ("--baseline --lr 1e-3", "--lr goes with --finetune or --sweep"),
+        ("--baseline --lora_dropout 0", "--lora_dropout goes with --finetune or --sweep"),
+        ("--predict RUN x --lr 3", "--lr goes with --finetune or --sweep"),
+        ("--predict RUN x --dataset sst2", "--dataset goes with --finetune or --baseline or --sweep"),
+        ("--finetune --output x.csv", "--output goes with --predict"),
+        ("--report --output x.md", "--output goes with --predict"),
+        ("--sync RUN --output_dir x", "--output_dir goes with --finetune or --baseline or --sweep or --report"),
+        ("--finetune --workers 1", "--workers goes with --sweep"),
+    ],
+)
+def test_a_flag_that_the_mode_does_not_read_is_refused_and_says_where_it_belongs(words, says, capsys):
+    said = refusal(capsys, *words.split())
+    assert said.startswith("error: ") and says in said and said.count("\n") == 1
+
+
+def test_every_flag_says_which_modes_read_it():
+    assert READ_BY.keys() == {field.name for field in dataclasses.fields(TrainConfig) if field.metadata}
+    for flags in ("--finetune --peft --lora_r 8", "--sweep x --lora_r 8 --dataset_dir y", "--report --output_dir runs"):
+        assert parse_args(flags.split())

@@ -70,7 +70,8 @@ def test_every_method_trains_saves_and_predicts(cli, encoder, method, capsys):
     from main import main
 
     _, folder = encoder
-    words = (*METHODS[method], "--model", str(folder), "--epochs", "2", "--batch_size", "8", "--precision", "fp32")
+    words = (*METHODS[method], "--model", str(folder), "--precision", "fp32")
+    words += ("--epochs", "2", "--batch_size", "8") * (method != "baseline")
     code, _, err = cli(*words)
     assert code == 0, err
     (run,) = cli.runs.iterdir()

@@ -121,3 +121,10 @@ def test_a_certain_mistake_costs_a_finite_loss():
     certain = np.array([[1.0, 0.0], [0.0, 1.0]], np.float32)
     assert metrics.score(np.array([0, 1]), certain)["loss"] == 0
     assert 80 < metrics.score(np.array([1, 0]), certain)["loss"] < 1000
+
+
+def test_a_loss_of_nothing_is_no_negative_zero():
+    for sure in (np.array([[1.0, 0.0]]), np.array([[1.0000001, 0.0]])):  # rounding may leave more than 1
+        loss = metrics.score(np.array([0]), sure)["loss"]
+        assert f"{loss:.4f}" == "0.0000"
+    assert np.isnan(metrics.score(np.array([0]), np.array([[np.nan, np.nan]]))["loss"])

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +17,8 @@ import pytest
 from conftest import ROOT, read_json, read_lines
 
 METHODS = {
-    "full": ("--finetune", "--lr", "1e-2"),
-    "lora": ("--finetune", "--peft", "--lora_r", "4", "--lr", "5e-3"),
+    "full": ("--finetune", "--epochs", "2", "--lr", "1e-2"),
+    "lora": ("--finetune", "--epochs", "2", "--peft", "--lora_r", "4", "--lr", "5e-3"),
     "baseline": ("--baseline",),
 }
 TEXTS = ["great moving story", "", "awful and dull", "the film was funny , warm", "   ", "é漢🎬 bad"]
@@ -32,7 +33,7 @@ def runs(tiny_model, tiny_data, tmp_path_factory) -> dict[str, Path]:
     for name, words in METHODS.items():
         folder = tmp_path_factory.mktemp(name)
         where = ("--dataset", str(tiny_data / "rotten_tomatoes"), "--model", str(tiny_model))
-        assert main([*words, *where, "--epochs", "2", "--precision", "fp32", "--output_dir", str(folder)]) == 0
+        assert main([*words, *where, "--precision", "fp32", "--output_dir", str(folder)]) == 0
         (found[name],) = folder.iterdir()
     return found
 
@@ -165,11 +166,11 @@ WRONG = {
     "unknown ending": (None, ("--input", "texts.xlsx"), None, ".csv"),
     "empty input": (None, (), "", "empty file"),
     "both": (None, ("good", "--input", "x.csv"), None, "texts or --input"),
-    "not UTF-8": (None, ("--input", "{latin}"), None, "line 2: expected UTF-8"),
+    "not UTF-8": (None, ("--input", "{latin}"), None, "0xe9; convert it, such as by iconv -f latin1"),
     "empty file": (None, ("--input", "{empty}"), None, "empty file"),
-    "missing column": (None, ("--input", "{csv}"), None, "expected a column text"),
+    "missing column": (None, ("--input", "{csv}"), None, "line 1 (taken as the header): expected a column text"),
     "missing named column": (None, ("--input", "{csv}", "--text_column", "nope"), None, "'nope'"),
-    "other ending": (None, ("--input", "{csv}", "--text_column", "a", "--output", "x.parquet"), None, ".jsonl or .csv"),
+    "other ending": (None, ("--input", "{csv}", "--text_column", "a", "--output", "x.parquet"), None, "or .csv (JSON"),
     "onto itself": (None, ("--input", "{csv}", "--text_column", "a", "--output", "{csv}"), None, "another file"),
     "no folder": (None, ("good", "--output", "nowhere/x.jsonl"), None, "nowhere"),
     "taken names": (None, ("--input", "{taken}"), None, "predicted_label"),
@@ -192,8 +193,6 @@ def test_what_the_user_got_wrong_is_one_line(runs, predict, tmp_path, monkeypatc
 
 
 def test_an_unfinished_run_and_a_damaged_one_are_refused(runs, predict, tmp_path):
-    import shutil
-
     run = shutil.copytree(runs["lora"], tmp_path / "run")
     for name in ("model/adapter_model.safetensors", "model/tokenizer.json", "model/model.safetensors", "result.json"):
         (run / name).unlink()
@@ -305,8 +304,6 @@ def test_the_card_names_base_data_and_limits(runs):
 
 
 def test_the_card_of_the_packaged_encoder_and_of_a_folder_with_a_card_names_the_license(tiny_model, tmp_path):
-    import shutil
-
     from models import find_model
 
     folder = shutil.copytree(tiny_model, tmp_path / "model")
@@ -314,3 +311,39 @@ def test_the_card_of_the_packaged_encoder_and_of_a_folder_with_a_card_names_the_
     assert find_model(str(folder)).license == "mit"
     (folder / "README.md").write_text("# license: none\n")
     assert find_model(str(folder)).license is None
+
+
+def test_the_column_that_the_run_was_trained_on_is_the_first_guess(runs, predict, tmp_path):
+    """A file that has it is read by it, whatever else is there; one that has not, by the usual names."""
+    run = shutil.copytree(runs["full"], tmp_path / "run")
+    record = read_json(run / "config.json")
+    record["config"]["text_column"] = "words"
+    (run / "config.json").write_text(json.dumps(record))
+    (tmp_path / "in.csv").write_text("text,words\n1,great moving\n")
+    (tmp_path / "in.jsonl").write_text('{"text": "1", "words": "great moving"}\n')
+    pq.write_table(pa.table({"text": ["1"], "words": ["great moving"]}), tmp_path / "in.parquet")
+    (tmp_path / "other.csv").write_text("text\ngreat moving\n")
+    (expected,) = lines(predict(run, "great moving")[1])
+    for name in ("in.csv", "in.jsonl", "in.parquet", "other.csv"):
+        (got,) = lines(predict(run, "--input", str(tmp_path / name))[1])
+        assert got["probabilities"] == expected["probabilities"], name
+    (got,) = lines(predict(run, "--input", str(tmp_path / "in.csv"), "--text_column", "text")[1])
+    assert got["probabilities"] != expected["probabilities"]
+
+
+def test_a_damaged_run_is_refused_by_the_name_of_the_damaged_file(runs, predict, tmp_path, capsys):
+    from main import main
+
+    for number, name in enumerate(("model/adapter_model.safetensors", "model/model.safetensors", "config.json")):
+        run = shutil.copytree(runs["lora"], tmp_path / str(number), ignore=shutil.ignore_patterns("merged"))
+        (run / name).write_bytes((run / name).read_bytes()[:100])
+        for code, err in (predict(run, "good")[::2], (main(["--merge", str(run)]), capsys.readouterr().err)):
+            line = err.strip().splitlines()[-1]
+            assert code == 2 and f"{Path(name).name} is damaged" in line and str(run) in line, line
+
+
+def test_an_output_that_is_there_is_written_over_and_said_to_be(runs, predict, tmp_path):
+    words = ("good", "--output", str(tmp_path / "out.jsonl"))
+    assert "written over" not in predict(runs["full"], *words)[2]
+    code, _, err = predict(runs["full"], *words)
+    assert code == 0 and f"warning: --output {words[-1]} exists and is written over" in err.splitlines()

@@ -250,3 +250,39 @@ def test_the_committed_report_is_that_of_the_committed_records(cli, tmp_path):
     tables = [line for line in results.splitlines() if line.startswith("|")]
     assert tables and set(tables) <= set(out.splitlines())
     assert read_json(next(records.glob("**/*.run.json")))["format"] == 1
+
+
+def test_no_difference_is_above_100_points_and_no_zero_is_negative(studies, tmp_path):
+    """Of two seeds one is always right, the other always wrong: the t of two seeds would tell of hundreds of points."""
+    two = [run for run in studies if run.seed < 3 and run.data["name"] == "rotten_tomatoes"]
+    runs = [replace(run, predicted=run.rows.labels if run.seed == 1 else 1 - run.rows.labels) for run in two]
+    text = report.markdown(report.build(group_cells(runs)[0], tmp_path))
+    assert "-100.0 to +100.0" in text and "detects none (>100);" in text and "| none (>100) |" in text
+    shown = [float(number) for number in re.findall(r"[+-]\d+\.\d", text.replace("e-", "e"))]
+    assert shown and max(map(abs, shown)) <= 200  # 200: claim 2's difference of two differences
+    assert "-0.0 " not in text
+    assert (
+        claims.in_points(report.stats.Difference(-1e-9, -0.0004, 0.0, 1.0, 0.1, (2, 2))) == "+0.0 points (+0.0 to +0.0)"
+    )
+
+
+def test_a_report_of_an_unfinished_run_or_of_nothing_says_what_to_do(cli, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    _, _, err = cli("--report", str(tmp_path / "run"), dataset=None)
+    assert err.endswith(f"no finished run; go on with it: python main.py --resume {tmp_path / 'run'}\n")
+    assert f"{tmp_path / 'nope'} does not exist" in cli("--report", str(tmp_path / "nope"), dataset=None)[2]
+
+
+def test_pictures_count_one_seed_leave_room_for_markers_and_have_no_milliseconds(studies):
+    import matplotlib.pyplot as plt
+
+    group = group_cells([run for run in studies if run.seed == 1])[0][0]
+    full = next(cell for cell in group if cell.first.method == "full")
+    assert "(1 seed)" in plots.to_svg(plots.calibration(full), "one")
+    (axes,) = plots.curves({"full": full}, "val/loss", "loss").axes
+    assert axes.get_xlim()[0] < 1 and axes.get_xlim()[1] > full.first.curve["epoch"][-1]
+    points = [("full", "full", x, 0.8, 0.7, 0.9, False) for x in (0.5, 3000.0)]
+    ticks = plots.against(points, "s", "accuracy").axes[0].xaxis.get_major_formatter()
+    assert [ticks(value) for value in (0.1, 0.5, 1, 1000)] == ["0.1", "0.5", "1", "1k"]
+    plt.close("all")

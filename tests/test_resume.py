@@ -334,3 +334,16 @@ def test_a_signal_between_the_last_step_and_its_end_is_not_lost(tmp_path):
         with pytest.raises(Interrupted) as told:
             stop.close_loop()
     assert told.value.exit_code == 143
+
+
+def test_a_checkpoint_from_before_losses_broke_ties_is_read(cli, monkeypatch):
+    run = run_killed_at(26, cli, monkeypatch, *COMMON, *METHODS["full"])  # two of three epochs are validated
+    state = checkpoint.newest_whole(run / "checkpoints")
+    step, best = state["progress"]["global_step"], state["progress"]["best_epoch"]
+    del state["progress"]["best_loss"]
+    checkpoint.save(run / "checkpoints", step, state)
+    same = {"accuracy": state["progress"]["best_accuracy"], "loss": 0.0}  # its tie stays with the earlier epoch
+    monkeypatch.setattr(train, "score", lambda *_: same)
+    code, _, err = cli("--resume", str(run))
+    assert code == 0, err
+    assert read_json(run / "result.json")["best_epoch"] == best

@@ -126,3 +126,13 @@ def test_a_contrast_with_itself_is_nothing():
     nothing = stats.contrast([(1, one), (-1, one)])
     assert (nothing.value, nothing.low, nothing.high, nothing.p) == (0.0, 0.0, 0.0, 1.0)
     assert stats.contrast([(1, one), (-1, one)], paired=False).high > 0
+
+
+def test_an_interval_of_a_difference_stays_where_differences_can_be():
+    """Two seeds 80 points apart: Student's t reaches far beyond 100 points, p and the detectable difference with it."""
+    rows = np.random.default_rng(5).normal(0, 0.01, (DRAWS, 2))
+    one, two = (stats.Scores(np.array(seeds), np.array(seeds) + rows) for seeds in ([0.1, 0.9], [0.2, 0.8]))
+    found = stats.contrast([(1, one), (-1, two)])
+    assert (found.low, found.high) == (-1, 1) and found.detectable > 1
+    found = stats.contrast([(1, one), (-1, two), (-1, two), (1, one)])  # of two differences
+    assert -2 <= found.low < -1 and 1 < found.high <= 2

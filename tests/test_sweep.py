@@ -243,3 +243,20 @@ def test_without_ray_it_says_how_to_install_it(grid, tmp_path):
     (tmp_path / "ray.py").write_text("raise ImportError('no ray')")
     done = command("--sweep", str(grid), "--ray", "--output_dir", str(tmp_path / "runs"), PYTHONPATH=str(tmp_path))
     assert done.returncode == 2 and "requirements-ray.txt" in done.stderr.splitlines()[-1]
+
+
+def test_a_flag_that_no_run_reads_is_refused_and_one_that_some_read_is_none_of_the_others(tmp_path):
+    full, lora = '[[cell]]\nmethod = "full"\n', '[[cell]]\nmethod = "lora"\n'
+    mixed = '[[cell]]\nmethod = ["full", "lora"]\nlora_r = [4, 8]\n'
+    for text, given, says in (
+        (f"{full}lora_r = 8", {}, "cell 1: --lora_r goes with --peft"),
+        (f'{full}[[cell]]\nmethod = "baseline"\nlr = 1e-3', {}, "cell 2: --lr goes with --finetune"),
+        (f"[defaults]\nlora_r = 8\n{full}", {}, "defaults: --lora_r goes with --peft"),
+        (full, {"lora_r": 8}, "--lora_r goes with --peft"),
+    ):
+        with pytest.raises(UserError, match=re.escape(says)):
+            read_grid(written(tmp_path, f"seeds = [1]\n{text}"), given)
+    runs = read_grid(written(tmp_path, f"seeds = [1]\n[defaults]\nlora_alpha = 64\n{mixed}{lora}"), {"epochs": 2})
+    assert [(run.method, run.lora_r) for run in runs] == [("full", 4), ("lora", 4), ("lora", 8), ("lora", 16)]
+    for run in runs:  # the words of a run hold what it reads, and make the same run
+        assert identity(asdict(parse_args(command_words(run)))) == identity(asdict(run))

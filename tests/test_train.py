@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import signal
 
 import numpy as np
@@ -15,6 +16,7 @@ import tracking
 import train
 
 LEARNS = ("--lr", "5e-3", "--epochs", "15", "--batch_size", "8")  # 6 of 6 seeds reach 0.9
+BRIEF = ("--epochs", "2", "--lr", "1e-3")
 RESULT_KEYS = {
     "val",
     "test",
@@ -49,7 +51,8 @@ def test_a_run_learns_and_leaves_its_records(cli, method, accuracy):
     assert lines[-1]["step"] == steps and lines[-1]["test/accuracy"] == result["test"]["accuracy"]
     assert {"step", "epoch", "time", "train/loss", "train/lr", "train/samples_per_second"} <= lines[0].keys()
     accuracies = [line["val/accuracy"] for line in lines if "val/accuracy" in line]
-    assert result["best_epoch"] == 1 + int(np.argmax(accuracies))  # the first of the best
+    ranks = [(line["val/accuracy"], -line["val/loss"]) for line in lines if "val/accuracy" in line]
+    assert result["best_epoch"] == 1 + ranks.index(max(ranks))  # of equals the one of the lower loss, then the earlier
     assert result["val"]["accuracy"] == max(accuracies)  # so the weights scored at the end are the best epoch's
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
     if not method:
@@ -75,10 +78,10 @@ def test_result_agrees_with_predictions(cli):
         assert low <= test[metric] <= high
 
 
-@pytest.mark.parametrize("method", [("--finetune",), ("--finetune", "--peft"), ("--baseline",)])
+@pytest.mark.parametrize("method", [("--finetune", *BRIEF), ("--finetune", "--peft", *BRIEF), ("--baseline",)])
 def test_the_same_command_twice_gives_the_same_numbers(cli, method):
     for _ in range(2):
-        assert cli(*method, "--epochs", "2", "--lr", "1e-3")[0] == 0
+        assert cli(*method)[0] == 0
     first, second = sorted(cli.runs.iterdir())
     assert second.name == first.name + "-2"
     for name in ("metrics.jsonl", "predictions.jsonl"):
@@ -275,3 +278,42 @@ def test_ctrl_c_while_the_trackers_close_changes_nothing(cli, monkeypatch, stopp
     (run,) = cli.runs.iterdir()
     assert code == (130 if stopped else 0) and (run / "result.json").exists() == (not stopped)
     assert err.splitlines()[-1].endswith(f"--resume {run}") == stopped
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"),
+    [
+        ([(0.5, 0.9), (1.0, 0.8), (1.0, 0.2), (1.0, 0.3)], 3),  # a tie goes to the lower loss
+        ([(0.5, 0.1), (0.6, 0.9)], 2),  # accuracy comes first
+        ([(0.5, 0.4), (0.5, 0.4)], 1),  # then the earlier epoch
+        ([(0.5, math.nan), (0.4, 0.1)], 1),
+    ],
+)
+def test_the_best_epoch_is_the_most_accurate_then_that_of_the_lowest_loss(monkeypatch, scores, best):
+    from types import SimpleNamespace
+
+    rows = iter(scores)
+    monkeypatch.setattr(train, "score", lambda *_: dict(zip(("accuracy", "loss"), next(rows))))
+    monkeypatch.setattr(train, "predict_probabilities", lambda *_: None)
+    progress, split = train.Progress(), SimpleNamespace(labels=None)
+    for epoch in range(1, len(scores) + 1):
+        engine = SimpleNamespace(model=torch.nn.Linear(1, 1))
+        train.validate(engine, split, None, tracking.NullLogger(), epoch, progress)
+    assert (progress.best_epoch, progress.best_accuracy) == (best, scores[best - 1][0])
+
+
+def test_few_validation_rows_are_said_at_the_start(cli, tmp_path):
+    for rows, warned in ((20, 1), (200, 0)):  # of each class: a tenth is held out
+        file = tmp_path / f"{rows}.csv"
+        file.write_text("text,label\n" + "".join(f"{w} film {n},{w}\n" for n in range(rows) for w in ("good", "bad")))
+        code, _, err = cli("--finetune", "--epochs", "1", "--limit", "32", "--dataset", str(file), dataset=None)
+        assert code == 0 and err.count("warning: validation has 4 rows: too few to choose well by") == warned, err
+        assert err.count("warning: validation") == warned
+
+
+def test_a_model_that_gives_one_answer_is_said_at_the_end(cli):
+    code, _, err = cli("--finetune", "--epochs", "1", "--lr", "50", "--max_grad_norm", "0")
+    assert code == 0 and re.match(
+        r"warning: the model calls every validation row '(neg|pos)'; try", err.splitlines()[-1]
+    )
+    assert "calls every" not in cli("--finetune", *LEARNS)[2]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, command, read_json, read_lines
+from conftest import ROOT, read_json, read_lines
 from filelock import FileLock
 
 import checkpoint
@@ -91,6 +91,7 @@ def test_killed_twice_and_resumed_it_is_the_same_run(cli, monkeypatch, method):
     assert not (stopped / "checkpoints").exists()
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_killed_before_the_first_checkpoint_it_starts_anew(cli, monkeypatch):
     run = run_killed_at(4, cli, monkeypatch, *COMMON, *METHODS["full"])
     assert cli(*COMMON, *METHODS["full"], "--resume")[0] == 0  # alone: the newest unfinished run of this config
@@ -130,6 +131,7 @@ def test_every_damage_to_every_file_of_a_checkpoint_is_noticed(cli, monkeypatch,
         assert "step-15" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_a_run_survives_a_damaged_checkpoint(cli, monkeypatch):
     stopped = run_killed_at(17, cli, monkeypatch, *COMMON, *METHODS["full"])
     for name, kind in (("tensors.safetensors", "flipped"), ("values.json", "cut"), ("manifest.json", "deleted")):
@@ -226,6 +228,7 @@ def test_a_disk_full_from_the_start_leaves_no_run_folder(cli):
     assert not list(cli.runs.glob("*"))
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_a_run_that_is_still_going_on_is_not_resumed(cli, monkeypatch):
     run = run_killed_at(7, cli, monkeypatch, *COMMON, *METHODS["full"])
     before = (run / "metrics.jsonl").read_bytes()
@@ -246,6 +249,7 @@ def test_runs_that_start_together_get_folders_of_their_own(tmp_path):
     assert len(set(made)) == 40 and set(made) == set(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("no_curves")
 @pytest.mark.parametrize("plain", [(), ("--plain",)])
 def test_a_gradient_that_is_not_finite_stops_the_run_or_is_skipped(cli, monkeypatch, plain):
     import engine
@@ -272,26 +276,34 @@ def test_a_gradient_that_is_not_finite_stops_the_run_or_is_skipped(cli, monkeypa
     assert result["skipped_steps"] == 1 and result["test"]["loss"] < 1
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_signals_to_the_real_process(tiny_model, tiny_data, tmp_path, number, code):
-    words = ["--finetune", "--model", str(tiny_model), "--dataset", str(tiny_data / "rotten_tomatoes"), "--epochs"]
-    words += ["40", "--batch_size", "4", "--save_every", "20", "--output_dir", str(tmp_path)]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "main.py"), *words], stderr=subprocess.PIPE, text=True, env={**os.environ}
-    )
-    while not list(tmp_path.glob("*/checkpoints/step-*")):
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == code and "Traceback" not in err
-    (run,) = tmp_path.iterdir()
-    step = checkpoint.newest_whole(run / "checkpoints")["progress"]["global_step"]
-    if number != signal.SIGKILL:
-        assert err.strip().splitlines()[-1] == f"stopped at step {step}; to go on: python main.py --resume {run}"
-    again = command("--resume", str(run), "--epochs", "40")
-    assert again.returncode == 0, again.stderr
-    assert f"resuming at step {step}" in again.stderr
+def newest_step(runs: Path) -> int:
+    return max((int(path.name.split("-")[1]) for path in runs.glob("*/checkpoints/step-*")), default=0)
+
+
+def test_signals_to_the_real_process(cli, tiny_model, tiny_data):
+    """One run is stopped in each way, goes on each time from where it was stopped, and is finished."""
+    words = ["--finetune", "--model", str(tiny_model), "--dataset", str(tiny_data / "rotten_tomatoes")]
+    words += ["--batch_size", "4", "--save_every", "20", "--output_dir", str(cli.runs)]
+    resuming = ""
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)):
+        before = newest_step(cli.runs)
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "main.py"), *words, "--epochs", "40"], stderr=subprocess.PIPE, text=True
+        )
+        while newest_step(cli.runs) == before:
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == code and resuming in err and "Traceback" not in err
+        (run,) = cli.runs.iterdir()
+        step = checkpoint.newest_whole(run / "checkpoints")["progress"]["global_step"]
+        if number != signal.SIGKILL:
+            assert err.strip().splitlines()[-1] == f"stopped at step {step}; to go on: python main.py --resume {run}"
+        words, resuming = ["--resume", str(run)], f"resuming at step {step}"
+    code, _, err = cli(*words, "--epochs", "40", dataset=None)
+    assert code == 0, err
+    assert resuming in err
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -305,6 +317,7 @@ def test_a_second_signal_stops_at_once(cli, monkeypatch, number, code):
     assert checkpoint.newest_whole(run / "checkpoints")["progress"]["global_step"] == 15
 
 
+@pytest.mark.usefixtures("no_curves")
 @pytest.mark.parametrize("when", ["while test is scored", "while the model is saved"])
 def test_a_signal_behind_the_last_step_stops_at_once_and_the_run_goes_on_later(cli, monkeypatch, when):
     name, module = {

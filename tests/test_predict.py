@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -284,16 +285,19 @@ def test_closed_standard_input_is_one_line(runs):
 
 
 def test_a_long_pipe_needs_no_more_memory_than_a_short_one(runs, tmp_path):
-    peaks = []
-    for rows in (10_000, 60_000):
-        (tmp_path / "in.txt").write_text("a rather good film with a story\n" * rows)
-        code = f"""import resource, main
-assert main.main(["--predict", {str(runs["full"])!r}, "--input", {str(tmp_path / "in.txt")!r},
-                  "--output", {str(tmp_path / "out.jsonl")!r}]) == 0
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"""
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-        peaks.append(int(done.stdout.split()[-1]))
-        assert sum(1 for _ in (tmp_path / "out.jsonl").open()) == rows
+    """The short one comes first in the same process: what it frees is there for as many rows of the long one."""
+    code = f"""import resource, main
+for name in ("short", "long"):
+    assert main.main(["--predict", {str(runs["full"])!r}, "--input", name + ".txt", "--output", name + ".jsonl"]) == 0
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"""
+    sizes = {"short": 10_000, "long": 60_000}
+    for name, rows in sizes.items():
+        (tmp_path / f"{name}.txt").write_text("a rather good film with a story\n" * rows)
+    words, env = [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    peaks = [int(line) for line in done.stdout.splitlines()]
+    for name, rows in sizes.items():
+        assert sum(1 for _ in (tmp_path / f"{name}.jsonl").open()) == rows
     assert peaks[1] - peaks[0] < 30_000  # kB
 
 

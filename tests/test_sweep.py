@@ -51,7 +51,8 @@ def swept(tiny_model, tiny_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("swept")
     text = GRID.replace('"lora"\nlora_r = 2', '"full"').replace("[1e-3, 5e-4]", "1e-3")
     file = written(folder, text.format(data=str(tiny_data / "rotten_tomatoes"), model=str(tiny_model)))
-    done = command("--sweep", str(file), "--output_dir", str(folder / "runs"), "--device", "cpu", "--workers", "2")
+    words = ("--sweep", str(file), "--output_dir", str(folder / "runs"), "--device", "cpu", "--workers", "2")
+    done = command(*words, timeout=200)
     assert done.returncode == 0, done.stderr
     return file, folder / "runs" / "grid", done.stderr
 

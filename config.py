@@ -19,7 +19,7 @@ DEFAULT_DATASET = "rotten_tomatoes"
 NEWEST = "newest"  # --resume without a run
 LOCAL_CLUSTER = "local"  # --ray without an address
 MODES = ("finetune", "baseline", "predict", "merge", "sweep", "report", "sync")
-# Flags by the modes that read them: elsewhere they are refused, not ignored. --sweep hands its own to every cell.
+# Flags by the modes that read them. --sweep hands its own to every cell.
 _LEARN = ("finetune", "baseline", "sweep")
 _READ_BY = {
     _LEARN: "dataset dataset_dir label_column max_length truncation limit model class_weights seed project",
@@ -34,6 +34,7 @@ _READ_BY = {
     ("report",): "plots_dir export",
     ("sweep",): "dry_run workers ray",
 }
+ASKS_FOR_MORE = {"peft", "resume", "input", "output", "push_to_hub", "dry_run", "ray", "export"}
 READ_BY = {name: modes for modes, names in _READ_BY.items() for name in names.split()}
 GROUPS = ("data", "model", "training", "prediction", "tracking", "output", "sweeps and reports", "seldom needed")
 
@@ -151,9 +152,7 @@ class TrainConfig:
     )
 
     wandb: bool = flag(False, "tracking", "log to Weights & Biases; offline without a key", switch=True)
-    comet: bool | None = flag(
-        None, "tracking", "log to Comet (default: where a Comet API key is configured)", switch=True
-    )
+    comet: bool | None = flag(None, "tracking", "log to Comet (default: where an API key is configured)", switch=True)
     project: str = flag("distilbert-sentiment", "seldom needed", "project name at W&B and Comet", metavar="NAME")
 
     resume: str | None = flag(
@@ -215,18 +214,19 @@ class TrainConfig:
         return "baseline" if self.mode == "baseline" else "lora" if self.peft else "full"
 
     def refuse_unread(self, given: Iterable[str]) -> "TrainConfig":
-        """Itself; UserError for a flag among `given` that would be ignored."""
-        for name in given:
-            if owner := unread(name, self.mode, self.peft):
+        """Itself; UserError for a flag among `given` that asks for what this mode does not do. Others are noted."""
+        for name, owner in ((name, unread(name, self.mode, self.peft)) for name in given):
+            if owner and (name.startswith("lora_") or name in ASKS_FOR_MORE):
                 raise UserError(f"--{name} goes with {owner}")
+            if owner:
+                say(f"note: --{name} does nothing here; it goes with {owner}")
         return self
 
 
 def unread(name: str, mode: str, peft: bool) -> str:
     """What the flag `name` goes with, in words, where such a call does not read it; else nothing."""
-    if mode not in READ_BY[name]:
-        return " or ".join(f"--{one}" for one in READ_BY[name])
-    return "--peft" if name.startswith("lora_") and mode == "finetune" and not peft else ""
+    lora_alone = name.startswith("lora_") and mode == "finetune" and not peft
+    return "--peft" if lora_alone else "" if mode in READ_BY[name] else " or ".join(f"--{one}" for one in READ_BY[name])
 
 
 class _Parser(argparse.ArgumentParser):
@@ -295,8 +295,8 @@ def parse_args(argv: list[str] | None = None) -> TrainConfig:
     mode = next((mode for mode in MODES if chosen[mode] not in (None, False)), None)
     runs = chosen.get(mode) if mode in ("predict", "report") else [chosen["merge"] or chosen["sync"] or chosen["sweep"]]
     runs, texts = (runs[:1], tuple(runs[1:])) if mode == "predict" else (runs, ())
-    given = ",".join(values) if mode == "sweep" else ""
-    asked = {"mode": mode, "runs": tuple(filter(None, runs)), "texts": texts, "given": given}
+    asked = {"mode": mode, "runs": tuple(filter(None, runs)), "texts": texts}
+    asked["given"] = ",".join(values) if mode == "sweep" else ""
     run = values.get("resume")
     if mode is None and (run is None or run == NEWEST):
         parser.print_help(sys.stderr)

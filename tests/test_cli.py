@@ -85,18 +85,18 @@ def test_no_hub_and_the_defaults_run_on_the_packaged_encoder_and_reviews(tmp_pat
     assert "all-MiniLM-L6-v2" in (run / "model" / "README.md").read_text()
 
 
-def test_named_data_sets_are_looked_for_in_dataset_dir_first(tiny_model, tiny_data, tmp_path):
+def test_named_data_sets_are_looked_for_in_dataset_dir_first(cli, tiny_model, tiny_data):
     words = ("--baseline", "--model", str(tiny_model), "--dataset_dir", str(tiny_data), "--dataset", "sst2")
-    done = command(*words, "--output_dir", str(tmp_path / "runs"))
-    assert done.returncode == 0, done.stderr
-    (run,) = (tmp_path / "runs").iterdir()
+    code, _, err = cli(*words, dataset=None)
+    assert code == 0, err
+    (run,) = cli.runs.iterdir()
     assert run.name == "sst2-baseline-seed42"
     data = read_json(run / "config.json")["data"]
     assert data["kind"] == "local" and data["labels"] == ["negative", "positive"]
     assert data["notes"]  # the validation split became the test set
 
 
-def test_a_model_folder_runs_no_code_of_its_own(tiny_model, tiny_data, tmp_path):
+def test_a_model_folder_runs_no_code_of_its_own(cli, tiny_model, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     for path in tiny_model.iterdir():
@@ -104,7 +104,6 @@ def test_a_model_folder_runs_no_code_of_its_own(tiny_model, tiny_data, tmp_path)
     config = read_json(folder / "config.json") | {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    words = ("--baseline", "--model", str(folder), "--dataset", str(tiny_data / "rotten_tomatoes"))
-    done = command(*words, "--output_dir", str(tmp_path / "runs"))
-    assert done.returncode == 2 and "Traceback" not in done.stderr
+    code, _, err = cli("--baseline", "--model", str(folder))
+    assert code == 2 and "Traceback" not in err
     assert not (tmp_path / "ran").exists()

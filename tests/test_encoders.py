@@ -65,6 +65,7 @@ def encoder(request, tmp_path_factory) -> tuple[str, Path]:
     return request.param, write_encoder(tmp_path_factory.mktemp("encoder") / request.param, request.param)
 
 
+@pytest.mark.usefixtures("no_curves")
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_saves_and_predicts(cli, encoder, method, capsys):
     from main import main
@@ -112,6 +113,7 @@ def test_lora_is_on_every_linear_layer_and_the_head_is_trained(encoder):
     assert {name.replace(".modules_to_save.default", "") for name in rest} == heads
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_a_lora_run_keeps_the_encoder_and_loads_in_peft_with_its_head(cli, encoder):
     from peft import AutoPeftModelForSequenceClassification
 

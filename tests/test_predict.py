@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, read_json, read_lines
 
+import models
+from main import main
+
 METHODS = {
     "full": ("--finetune", "--epochs", "2", "--lr", "1e-2"),
     "lora": ("--finetune", "--epochs", "2", "--peft", "--lora_r", "4", "--lr", "5e-3"),
@@ -27,8 +31,6 @@ TEXTS = ["great moving story", "", "awful and dull", "the film was funny , warm"
 @pytest.fixture(scope="session")
 def runs(tiny_model, tiny_data, tmp_path_factory) -> dict[str, Path]:
     """A finished run of every method, in fp32."""
-    from main import main
-
     found = {}
     for name, words in METHODS.items():
         folder = tmp_path_factory.mktemp(name)
@@ -41,7 +43,6 @@ def runs(tiny_model, tiny_data, tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture
 def predict(capsys, monkeypatch):
     """predict(run, *words, stdin=...) -> (exit code, stdout, stderr)"""
-    from main import main
 
     def call(run: Path, *words: str, stdin: str | None = None) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -219,8 +220,6 @@ def test_rows_that_bf16_leaves_open_are_computed_in_fp32(runs, monkeypatch):
 def test_merged_weights_are_plain_and_agree(runs, capsys):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from main import main
-
     assert main(["--merge", str(runs["lora"])]) == 0
     folder = runs["lora"] / "merged"
     assert str(folder) in capsys.readouterr().out and not (folder / "adapter_config.json").exists()
@@ -283,16 +282,19 @@ def test_closed_standard_input_is_one_line(runs):
 
 
 def test_a_long_pipe_needs_no_more_memory_than_a_short_one(runs, tmp_path):
-    peaks = []
-    for rows in (10_000, 60_000):
-        (tmp_path / "in.txt").write_text("a rather good film with a story\n" * rows)
-        code = f"""import resource, main
-assert main.main(["--predict", {str(runs["full"])!r}, "--input", {str(tmp_path / "in.txt")!r},
-                  "--output", {str(tmp_path / "out.jsonl")!r}]) == 0
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"""
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-        peaks.append(int(done.stdout.split()[-1]))
-        assert sum(1 for _ in (tmp_path / "out.jsonl").open()) == rows
+    """The short one comes first in the same process: what it frees is there for as many rows of the long one."""
+    code = f"""import resource, main
+for name in ("short", "long"):
+    assert main.main(["--predict", {str(runs["full"])!r}, "--input", name + ".txt", "--output", name + ".jsonl"]) == 0
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"""
+    sizes = {"short": 10_000, "long": 60_000}
+    for name, rows in sizes.items():
+        (tmp_path / f"{name}.txt").write_text("a rather good film with a story\n" * rows)
+    words, env = [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    peaks = [int(line) for line in done.stdout.splitlines()]
+    for name, rows in sizes.items():
+        assert sum(1 for _ in (tmp_path / f"{name}.jsonl").open()) == rows
     assert peaks[1] - peaks[0] < 30_000  # kB
 
 
@@ -304,17 +306,14 @@ def test_the_card_names_base_data_and_limits(runs):
 
 
 def test_the_card_of_the_packaged_encoder_and_of_a_folder_with_a_card_names_the_license(tiny_model, tmp_path):
-    from models import find_model
-
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     (folder / "README.md").write_text("---\nlanguage: en\nlicense: mit\n---\n# Mine\n")
-    assert find_model(str(folder)).license == "mit"
+    assert models.find_model(str(folder)).license == "mit"
     (folder / "README.md").write_text("# license: none\n")
-    assert find_model(str(folder)).license is None
+    assert models.find_model(str(folder)).license is None
 
 
 def test_the_column_that_the_run_was_trained_on_is_the_first_guess(runs, predict, tmp_path):
-    """A file that has it is read by it, whatever else is there; one that has not, by the usual names."""
     run = shutil.copytree(runs["full"], tmp_path / "run")
     record = read_json(run / "config.json")
     record["config"]["text_column"] = "words"
@@ -332,8 +331,6 @@ def test_the_column_that_the_run_was_trained_on_is_the_first_guess(runs, predict
 
 
 def test_a_damaged_run_is_refused_by_the_name_of_the_damaged_file(runs, predict, tmp_path, capsys):
-    from main import main
-
     for number, name in enumerate(("model/adapter_model.safetensors", "model/model.safetensors", "config.json")):
         run = shutil.copytree(runs["lora"], tmp_path / str(number), ignore=shutil.ignore_patterns("merged"))
         (run / name).write_bytes((run / name).read_bytes()[:100])

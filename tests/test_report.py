@@ -93,6 +93,14 @@ def test_exported_records_read_back_as_they_were(studies, tmp_path):
         assert (run.rows.labels == back.rows.labels).all() and (run.rows.negated == back.rows.negated).all()
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Pictures are named in a report and not drawn, which takes most of its time: for tests of its words alone."""
+    monkeypatch.setattr(plots, "save_png", lambda *_: None)
+    monkeypatch.setattr(plots, "to_svg", lambda *_: "")
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_the_order_of_the_records_does_not_matter(studies, tmp_path):
     def made(runs):
         groups, repeats = group_cells(runs)
@@ -185,6 +193,7 @@ def test_a_seed_run_again_elsewhere_counts_for_costs_alone(studies):
     assert again[6][0].evidence.startswith("0% of full's") and not before[6][0].evidence.startswith("0%")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_costs_are_told_for_each_device(studies, tmp_path):
     """Seed 1 ran on a slow machine: it has a row of its own, and no part in the other one's mean."""
     slow = {"device": "a slow machine", "train_seconds": 1e6}

@@ -1,24 +1,20 @@
 """A run that was stopped, anyhow and anywhere, ends as the one that was not."""
 
 import contextlib
-import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, command, read_json, read_lines
+from conftest import read_json, read_lines
 from filelock import FileLock
 
 import checkpoint
 import train
-from config import Interrupted, TrainConfig, UserError
+from config import TrainConfig, UserError
 
 METHODS = {
     "full": ("--finetune", "--lr", "1e-2"),
@@ -91,6 +87,7 @@ def test_killed_twice_and_resumed_it_is_the_same_run(cli, monkeypatch, method):
     assert not (stopped / "checkpoints").exists()
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_killed_before_the_first_checkpoint_it_starts_anew(cli, monkeypatch):
     run = run_killed_at(4, cli, monkeypatch, *COMMON, *METHODS["full"])
     assert cli(*COMMON, *METHODS["full"], "--resume")[0] == 0  # alone: the newest unfinished run of this config
@@ -130,6 +127,7 @@ def test_every_damage_to_every_file_of_a_checkpoint_is_noticed(cli, monkeypatch,
         assert "step-15" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_a_run_survives_a_damaged_checkpoint(cli, monkeypatch):
     stopped = run_killed_at(17, cli, monkeypatch, *COMMON, *METHODS["full"])
     for name, kind in (("tensors.safetensors", "flipped"), ("values.json", "cut"), ("manifest.json", "deleted")):
@@ -226,6 +224,7 @@ def test_a_disk_full_from_the_start_leaves_no_run_folder(cli):
     assert not list(cli.runs.glob("*"))
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_a_run_that_is_still_going_on_is_not_resumed(cli, monkeypatch):
     run = run_killed_at(7, cli, monkeypatch, *COMMON, *METHODS["full"])
     before = (run / "metrics.jsonl").read_bytes()
@@ -246,6 +245,7 @@ def test_runs_that_start_together_get_folders_of_their_own(tmp_path):
     assert len(set(made)) == 40 and set(made) == set(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("no_curves")
 @pytest.mark.parametrize("plain", [(), ("--plain",)])
 def test_a_gradient_that_is_not_finite_stops_the_run_or_is_skipped(cli, monkeypatch, plain):
     import engine
@@ -270,70 +270,6 @@ def test_a_gradient_that_is_not_finite_stops_the_run_or_is_skipped(cli, monkeypa
     assert cli(*COMMON, *METHODS["full"], *plain, "--on_nan", "skip")[0] == 0
     result = read_json(run.with_name(run.name + "-2") / "result.json")
     assert result["skipped_steps"] == 1 and result["test"]["loss"] < 1
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_signals_to_the_real_process(tiny_model, tiny_data, tmp_path, number, code):
-    words = ["--finetune", "--model", str(tiny_model), "--dataset", str(tiny_data / "rotten_tomatoes"), "--epochs"]
-    words += ["40", "--batch_size", "4", "--save_every", "20", "--output_dir", str(tmp_path)]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "main.py"), *words], stderr=subprocess.PIPE, text=True, env={**os.environ}
-    )
-    while not list(tmp_path.glob("*/checkpoints/step-*")):
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == code and "Traceback" not in err
-    (run,) = tmp_path.iterdir()
-    step = checkpoint.newest_whole(run / "checkpoints")["progress"]["global_step"]
-    if number != signal.SIGKILL:
-        assert err.strip().splitlines()[-1] == f"stopped at step {step}; to go on: python main.py --resume {run}"
-    again = command("--resume", str(run), "--epochs", "40")
-    assert again.returncode == 0, again.stderr
-    assert f"resuming at step {step}" in again.stderr
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_second_signal_stops_at_once(cli, monkeypatch, number, code):
-    """Both come within one step, so only a stop before its end has no checkpoint of it."""
-    with behind_step(17, lambda: (os.kill(os.getpid(), number), os.kill(os.getpid(), number)), monkeypatch):
-        stopped = cli(*COMMON, *METHODS["full"])
-    (run,) = cli.runs.iterdir()
-    assert stopped[0] == code
-    assert stopped[2].strip().splitlines()[-1] == f"stopped at once; to go on: python main.py --resume {run}"
-    assert checkpoint.newest_whole(run / "checkpoints")["progress"]["global_step"] == 15
-
-
-@pytest.mark.parametrize("when", ["while test is scored", "while the model is saved"])
-def test_a_signal_behind_the_last_step_stops_at_once_and_the_run_goes_on_later(cli, monkeypatch, when):
-    name, module = {
-        "while test is scored": ("score_with_intervals", train),
-        "while the model is saved": ("save_model", train.models),
-    }[when]
-    right = getattr(module, name)
-
-    def interrupted(*facts):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return right(*facts)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, name, interrupted)
-        code, _, err = cli(*COMMON, *METHODS["full"])
-    (run,) = cli.runs.iterdir()
-    assert code == 143 and f"--resume {run}" in err.strip().splitlines()[-1]
-    assert not (run / "result.json").exists()
-    assert cli("--resume", str(run))[0] == 0
-    assert outcome(run) == whole(cli)
-
-
-def test_a_signal_between_the_last_step_and_its_end_is_not_lost(tmp_path):
-    with checkpoint.GracefulStop(tmp_path) as stop:
-        stop.open_loop()
-        os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(Interrupted) as told:
-            stop.close_loop()
-    assert told.value.exit_code == 143
 
 
 def test_a_checkpoint_from_before_losses_broke_ties_is_read(cli, monkeypatch):

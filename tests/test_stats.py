@@ -30,38 +30,39 @@ def true_accuracy(shift, seed_effect, noise=0.5):
     return norm.cdf((1.0 + shift) / np.sqrt(1 + seed_effect**2 + noise**2))
 
 
-def compared(rng, seeds, gain, seed_effect, metric="accuracy"):
+def compared(rng, seeds, gain, seed_effect, metrics=("accuracy",)):
+    """For each metric (the difference of A and B, the value of A), on the same runs and rows."""
     labels, a, b = simulate(rng, seeds, gain, seed_effect)
-    scores = stats.resample(labels, np.concatenate([a, b]), 2, DRAWS, int(rng.integers(2**31)))[metric]
-    split = [stats.Scores(scores.observed[part], scores.resampled[:, part]) for part in _parts(seeds)]
-    return stats.contrast([(1, split[0]), (-1, split[1])]), stats.estimate(split[0])
+    resampled = stats.resample(labels, np.concatenate([a, b]), 2, DRAWS, int(rng.integers(2**31)))
+    for scores in (resampled[metric] for metric in metrics):
+        split = [stats.Scores(scores.observed[part], scores.resampled[:, part]) for part in _parts(seeds)]
+        yield stats.contrast([(1, split[0]), (-1, split[1])]), stats.estimate(split[0])
 
 
 def _parts(seeds):
     return slice(0, seeds[0]), slice(seeds[0], sum(seeds))
 
 
-@pytest.mark.parametrize("metric", ["accuracy", "precision"])
 @pytest.mark.parametrize(
     ("seeds", "seed_effect"), [((1, 1), 0.0), ((5, 5), 0.0), ((5, 5), 0.1), ((3, 5), 0.1), ((3, 3), 0.2), ((2, 2), 0.1)]
 )
-def test_false_alarms_and_coverage(metric, seeds, seed_effect):
+def test_false_alarms_and_coverage(seeds, seed_effect):
     """600 repetitions: where the true rate is 5%, two standard errors are 1.8%. An effect of 0.1 is 2.5 points between
     seeds, 0.2 is 5: more than is usual here. Then the intervals err on the safe side for a difference of two cells of
     three seeds; for one such cell they cover a little less, since accuracy is skewed."""
-    rng = np.random.default_rng(0)
-    alarms, covered, cell_covered = [], [], []
+    rng, metrics = np.random.default_rng(0), ("accuracy", "precision")
+    found = {metric: [] for metric in metrics}
     truth = true_accuracy(0.0, seed_effect)  # of precision, too: the labels are fair coins, independent of the rest
     for _ in range(600):
-        difference, cell = compared(rng, seeds, 0.0, seed_effect, metric)
-        alarms.append(difference.p < 0.05)
-        covered.append(difference.low <= 0 <= difference.high)
-        cell_covered.append(cell.low <= truth <= cell.high)
-    rates = [float(np.mean(some)) for some in (alarms, covered, cell_covered)]
-    print(metric, seeds, seed_effect, rates)
-    assert 0.02 <= rates[0] <= 0.068
-    assert 0.932 <= rates[1] <= 0.98
-    assert 0.92 <= rates[2] <= 0.98
+        for metric, (difference, cell) in zip(metrics, compared(rng, seeds, 0.0, seed_effect, metrics)):
+            covered = difference.low <= 0 <= difference.high
+            found[metric].append((difference.p < 0.05, covered, cell.low <= truth <= cell.high))
+    for metric, some in found.items():
+        alarms, covered, cell_covered = np.mean(some, axis=0)
+        print(metric, seeds, seed_effect, alarms, covered, cell_covered)
+        assert 0.02 <= alarms <= 0.068, metric
+        assert 0.932 <= covered <= 0.98, metric
+        assert 0.92 <= cell_covered <= 0.98, metric
 
 
 def test_without_the_seed_level_intervals_would_be_too_short():
@@ -79,10 +80,10 @@ def test_without_the_seed_level_intervals_would_be_too_short():
 @pytest.mark.parametrize(("seeds", "seed_effect"), [((1, 1), 0.0), ((5, 5), 0.05)])
 def test_the_detectable_difference_is_found_in_80_percent(seeds, seed_effect):
     rng = np.random.default_rng(1)
-    guesses = [compared(rng, seeds, 0.0, seed_effect)[0].detectable for _ in range(40)]
+    guesses = [next(compared(rng, seeds, 0.0, seed_effect))[0].detectable for _ in range(40)]
     wanted, base = float(np.mean(guesses)), true_accuracy(0.0, seed_effect)
     gain = next(g for g in np.arange(0, 1, 0.002) if true_accuracy(g, seed_effect) - base >= wanted)
-    found = np.mean([compared(rng, seeds, gain, seed_effect)[0].p < 0.05 for _ in range(300)])
+    found = np.mean([next(compared(rng, seeds, gain, seed_effect))[0].p < 0.05 for _ in range(300)])
     print(seeds, wanted, gain, found)
     assert 0.73 <= found <= 0.9
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,6 +43,18 @@ def written(tmp_path, text: str):
 def grid(tmp_path, tiny_model, tiny_data):
     """The file of four tiny runs."""
     return written(tmp_path, GRID.format(data=str(tiny_data / "rotten_tomatoes"), model=str(tiny_model)))
+
+
+@pytest.fixture(scope="module")
+def swept(tiny_model, tiny_data, tmp_path_factory):
+    """(file, folder, what was said) of a sweep of three runs of one kind, two at a time."""
+    folder = tmp_path_factory.mktemp("swept")
+    text = GRID.replace('"lora"\nlora_r = 2', '"full"').replace("[1e-3, 5e-4]", "1e-3")
+    file = written(folder, text.format(data=str(tiny_data / "rotten_tomatoes"), model=str(tiny_model)))
+    words = ("--sweep", str(file), "--output_dir", str(folder / "runs"), "--device", "cpu", "--workers", "2")
+    done = command(*words, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return file, folder / "runs" / "grid", done.stderr
 
 
 def test_lists_are_expanded_seed_by_seed_in_the_order_of_the_file(grid):
@@ -126,31 +139,30 @@ def finished(root) -> dict:
     return {path.parent.name: read_json(path)["test"] for path in root.glob("*/result.json")}
 
 
-def test_a_sweep_runs_skips_resumes_and_tries_again(grid, tmp_path):
+def test_a_sweep_runs_skips_resumes_and_tries_again(swept, tmp_path):
+    grid, whole, said = swept
     words = ("--sweep", str(grid), "--output_dir", str(tmp_path / "runs"), "--device", "cpu")
     listed = command(*words, "--dry_run")
     assert listed.returncode == 0, listed.stderr
-    assert listed.stdout.count("| to do | unknown |") == 4 and not (tmp_path / "runs").exists()
-    done = command(*words, "--workers", "2")
-    assert done.returncode == 0, done.stderr
-    root = tmp_path / "runs" / "grid"
-    first = finished(root)
-    assert len(first) == 4 and "[4/4]" in done.stderr and "nothing left to train" in done.stderr
-    threads = {read_json(path)["device"] for path in root.glob("*/config.json")}
+    assert listed.stdout.count("| to do | unknown |") == 3 and not (tmp_path / "runs").exists()
+    first = finished(whole)
+    assert len(first) == 3 and "[3/3]" in said and "nothing left to train" in said
+    threads = {read_json(path)["device"] for path in whole.glob("*/config.json")}
     assert all(device.endswith(f"({max(1, os.cpu_count() // 2)} threads)") for device in threads)
 
-    killed, kept, broken, _ = sorted(path.parent for path in root.glob("*/config.json"))
+    root = shutil.copytree(whole, tmp_path / "runs" / "grid")
+    killed, kept, broken = sorted(path.parent for path in root.glob("*/config.json"))
     (killed / "result.json").unlink()
     (broken / "result.json").unlink()
     changed = read_json(broken / "config.json") | {"model": {"fingerprint": "another"}}  # it cannot be resumed
     (broken / "config.json").write_text(json.dumps(changed))
     kept.rename(root / "renamed by its user")
     listed = command(*words, "--dry_run").stdout
-    assert [listed.count(f"| {state} |") for state in ("done", "unfinished", "to do")] == [2, 2, 0]
+    assert [listed.count(f"| {state} |") for state in ("done", "unfinished", "to do")] == [1, 2, 0]
     assert "unknown" not in listed
     again = command(*words)
     assert again.returncode == 2 and "Traceback" not in again.stderr
-    assert again.stderr.splitlines()[-1].startswith("error: 1 of 4 runs failed")
+    assert again.stderr.splitlines()[-1].startswith("error: 1 of 3 runs failed")
     assert "its model" in again.stderr
     (broken / "config.json").unlink()  # now nothing is left of it but a folder
     last = command(*words)
@@ -182,28 +194,38 @@ def test_the_estimate_is_rows_by_the_newest_rate_of_the_same_kind(tmp_path):
     assert [readable(s) for s in (4, 89, 600, 11100)] == ["4 s", "89 s", "10 min", "3 h 05 min"]
 
 
-@pytest.mark.parametrize(
-    ("number", "code"),
-    [(signal.SIGINT, 130), (signal.SIGTERM, 143)],
-)
-def test_a_signal_goes_to_the_runs_and_the_same_command_goes_on(grid, tmp_path, number, code):
-    text = grid.read_text().replace("epochs = 1", "epochs = 400").replace("[1, 2]", "[1]")
-    grid.write_text(text[: text.rindex("[[cell]]")])
-    words = ("--sweep", str(grid), "--output_dir", str(tmp_path / "runs"), "--device", "cpu")
-    program = [sys.executable, str(ROOT / "main.py"), *words]
-    child = subprocess.Popen(program, stderr=subprocess.PIPE, text=True)
+def stop_sweep(words: tuple[str, ...], number: int, going_on) -> tuple[int, str]:
+    """(exit code, stderr) of a sweep that gets signal `number` once `going_on()`."""
+    child = subprocess.Popen([sys.executable, str(ROOT / "main.py"), *words], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    root = tmp_path / "runs" / "grid"
-    while not any(path.stat().st_size for path in root.glob("*/metrics.jsonl")) and time.monotonic() < deadline:
+    while not going_on() and time.monotonic() < deadline:
         time.sleep(0.05)
     child.send_signal(number)
     _, err = child.communicate(timeout=150)
-    assert child.returncode == code, err
-    assert "1 runs to go; the same command goes on" in err
-    (config,) = root.glob("*/config.json")
-    assert list(config.parent.glob("checkpoints/step-*/manifest.json"))
+    return child.returncode, err
+
+
+def test_a_signal_goes_to_the_runs_and_the_same_command_goes_on(grid, tmp_path):
+    """Stopped by either signal, one after the other, and finished by the third command."""
+    text = grid.read_text().replace("epochs = 1", "epochs = 200").replace("[1, 2]", "[1]")
+    grid.write_text(text[: text.rindex("[[cell]]")])
+    words = ("--sweep", str(grid), "--output_dir", str(tmp_path / "runs"), "--device", "cpu")
+    root = tmp_path / "runs" / "grid"
+
+    def logged() -> int:
+        return sum(path.stat().st_size for path in root.glob("*/metrics.jsonl"))
+
+    for resumed, (number, code) in enumerate([(signal.SIGINT, 130), (signal.SIGTERM, 143)]):
+        before = logged()
+        found, err = stop_sweep(words, number, lambda before=before: logged() > before)
+        assert found == code, err
+        assert "1 runs to go; the same command goes on" in err
+        (config,) = root.glob("*/config.json")
+        assert list(config.parent.glob("checkpoints/step-*/manifest.json"))
+        log = next((root / "logs").iterdir())
+        assert len(re.findall(r"resuming at step [1-9]", log.read_text())) == resumed
     assert command(*words).returncode == 0
-    assert re.search(r"resuming at step [1-9]", next((root / "logs").iterdir()).read_text())
+    assert len(re.findall(r"resuming at step [1-9]", log.read_text())) == 2
 
 
 def test_two_sweeps_in_one_folder_are_refused(grid, tmp_path):
@@ -216,10 +238,11 @@ def test_two_sweeps_in_one_folder_are_refused(grid, tmp_path):
     assert done.returncode == 2 and "another sweep is at work" in done.stderr
 
 
-def test_a_ray_cluster_of_two_workers_runs_a_sweep(grid, tmp_path):
+def test_a_ray_cluster_of_two_workers_runs_a_sweep(swept, tmp_path):
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
+    grid, locally, _ = swept
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
         for _ in range(2):
@@ -227,16 +250,11 @@ def test_a_ray_cluster_of_two_workers_runs_a_sweep(grid, tmp_path):
         words = ("--sweep", str(grid), "--output_dir", str(tmp_path / "runs"), "--device", "cpu")
         done = command(*words, "--ray", cluster.address, timeout=200)
         assert done.returncode == 0, done.stderr
-        root = tmp_path / "runs" / "grid"
-        by_ray = finished(root)
-        assert len(by_ray) == 4
-        times = [(read_json(path)["train_seconds"], path.stat().st_mtime) for path in root.glob("*/result.json")]
-        assert len(times) == 4
     finally:
         cluster.shutdown()
-    words = ("--sweep", str(grid), "--output_dir", str(tmp_path / "local"), "--device", "cpu")
-    assert command(*words).returncode == 0
-    assert finished(tmp_path / "local" / "grid") == by_ray  # the same runs, wherever they ran
+    root = tmp_path / "runs" / "grid"
+    assert len(list(root.glob("*/result.json"))) == 3
+    assert finished(root) == finished(locally)  # the same runs, wherever they ran
 
 
 def test_without_ray_it_says_how_to_install_it(grid, tmp_path):

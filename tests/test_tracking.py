@@ -194,14 +194,20 @@ def test_sync_on_the_command_line(tmp_path, monkeypatch):
     assert_no_secret(run_dir)
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A cache that is filled by the first run with secrets around it: the kernels are compiled once."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.mark.parametrize("online", [True, False])
 def test_no_secret_of_the_environment_reaches_a_file_or_the_screen(
-    tiny_model, tiny_data, tmp_path, monkeypatch, online
+    tiny_model, tiny_data, tmp_path, monkeypatch, cache, online
 ):
     """A whole run of the command line with both trackers: its folder, the cache, and what it prints."""
     point_at(monkeypatch, Server() if online else None)
     monkeypatch.setenv("HF_TOKEN", HF_TOKEN)
-    monkeypatch.setenv("DISTILBERT_SENTIMENT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("DISTILBERT_SENTIMENT_CACHE", str(cache))
     where = ["--model", str(tiny_model), "--dataset", str(tiny_data / "rotten_tomatoes")]
     where += ["--output_dir", str(tmp_path / "runs"), "--epochs", "1"]
     done = command("--finetune", "--wandb", *where)
@@ -209,5 +215,6 @@ def test_no_secret_of_the_environment_reaches_a_file_or_the_screen(
     assert "recording to" in done.stderr if online else done.stderr.count("recording offline") == 2
     assert len(list(tmp_path.rglob("wandb/*run-*"))) == len(list(tmp_path.rglob("comet/state.json"))) == 1
     assert_no_secret(tmp_path)
+    assert_no_secret(cache)
     said = done.stdout + done.stderr
     assert not [secret for secret in (WANDB_KEY, COMET_KEY, HF_TOKEN) if secret[3:] in said]

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pyarrow.parquet as pq
-from conftest import ROOT, command
+from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import transfer
@@ -37,13 +37,12 @@ def test_written_data_trains_on_one_and_tests_on_the_other(tiny_data, tiny_model
     assert trained and not any(some.any() for some in transfer.shared_rows(trained, sorted(tested)).values())
 
 
-def test_saved_models_are_scored_on_the_other_set(tiny_data, tiny_model, tmp_path):
-    words = ("--model", str(tiny_model), "--dataset_dir", str(tiny_data), "--output_dir", str(tmp_path))
+def test_saved_models_are_scored_on_the_other_set(cli, tiny_data, monkeypatch, capsys):
+    where = ("--dataset_dir", str(tiny_data))
     for more in ((), ("--peft",)):
-        done = command("--finetune", *words, "--dataset", "rotten_tomatoes", "--epochs", "1", *more)
-        assert done.returncode == 0, done.stderr
-    script = [sys.executable, str(ROOT / "experiments" / "transfer.py"), "--dataset_dir", str(tiny_data)]
-    done = subprocess.run([*script, str(tmp_path)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    rows = [line for line in done.stdout.splitlines() if line.startswith("| rotten_tomatoes-")]
+        code, _, err = cli("--finetune", *where, "--dataset", "rotten_tomatoes", "--epochs", "1", *more)
+        assert code == 0, err
+    monkeypatch.setattr(sys, "argv", ["transfer.py", *where, str(cli.runs)])
+    assert transfer.main() == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| rotten_tomatoes-")]
     assert len(rows) == 2 and all("| sst2 |" in row for row in rows)

@@ -51,7 +51,7 @@ SIGNATURES = {  # i: int64, p: pointer, f: float, b: bool; in the order of kerne
     "lora_backward_tiles": "iiiipip" + "ppf" + "pipp",
     "lora_refresh": "iiiiiipppppp",
 }
-RESULTS = {"square_sum": ctypes.c_double, "tiles_allowed": ctypes.c_bool}
+RESULTS = {"square_sum": ctypes.c_double, "gradient": ctypes.c_double, "tiles_allowed": ctypes.c_bool}
 TYPES = {"i": ctypes.c_int64, "p": ctypes.c_void_p, "f": ctypes.c_float, "b": ctypes.c_bool}
 NAMES = {torch.bfloat16: "bf16", torch.float32: "float"}
 

@@ -80,6 +80,7 @@ class Arena:
     def reset_grad(self) -> None:
         """The next backward overwrites instead of adding: no pass over the gradient to fill it with zeros."""
         self.fresh, self.widened = True, self.half.dtype == self.grad.dtype
+        self.squares: dict[int, float | None] = {}  # of matrices, by their place, where the product summed them
         for p, view in self.grads:
             p.grad = view
         for p in self.by_autograd:
@@ -89,7 +90,7 @@ class Arena:
         """Make `grad` hold all of the gradient."""
         if not self.widened:
             self.grad[: len(self.half)].copy_(self.half)
-            self.widened = True
+            self.widened, self.squares = True, {}
 
     def parts(self) -> list[tuple[slice, Tensor]]:
         """The trained parameters' gradient where it is now: (their place in `flat`, gradient), decayed ones first."""
@@ -122,9 +123,9 @@ class Arena:
     def put_product(self, target: tuple[Tensor, Tensor], dy: Tensor, x: Tensor) -> None:
         """target (+)= dy^T x."""
         if self.fresh:
-            gradient(dy, x, out=target[0])
+            _, self.squares[target[0].storage_offset()] = gradient(dy, x, out=target[0])
         else:
-            target[1].add_(gradient(dy, x))
+            target[1].add_(gradient(dy, x)[0])
 
     def _versions(self) -> int:
         return sum(p._version for p in self.params)
@@ -309,7 +310,7 @@ class LoraLinear(Linear):
 
     def put_up(self, h: Tensor, dy: Tensor) -> None:
         """The gradients of the matrices B. h: [N, G r] and columns of no account, dy: [N, out]."""
-        dup = gradient(h, dy)  # [G r, out], of which the blocks count
+        dup, _ = gradient(h, dy)  # [G r, out], of which the blocks count
         for g, rows, columns in self.slots():
             self.arena.put_matrix(self.dup[g], dup[columns, rows].t() * self.scaling[g])
 

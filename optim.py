@@ -224,7 +224,11 @@ class FastAdamW(torch.optim.Optimizer):
     def step(self, closure=None) -> Tensor:
         if not self.compiled:
             self.arena.widen()
-        square = sum(square_sum(part, self.compiled) for _, part in self.arena.parts())
+        known = self.arena.squares
+        square = sum(
+            square_sum(part, self.compiled) if known.get(at.start) is None else torch.tensor(known[at.start])
+            for at, part, _ in self.arena.pieces()
+        )
         if self.lazy:
             rows, grad = self._table_grad()
             square = square + square_sum(grad.view(-1), self.compiled)

@@ -173,8 +173,9 @@ static void pack_weight(i64 out, i64 in, i64 first, const bf16* w, bf16* forward
 }
 
 // dw [out, in] = dy^T x; dy [n, out] and x [n, in] have rows ldy and ldx apart. out and in: multiples of 32.
-// Each thread packs its part of the wider operand for itself, and its share of the other one for all.
-static void gradient(i64 n, i64 out, i64 in, const bf16* dy, i64 ldy, const bf16* x, i64 ldx, bf16* dw) {
+// Each thread packs its part of the wider operand for itself, and its share of the other one for all. Returns the sum of
+// the squares, before they are rounded: for the norm of the whole gradient, which would read all of it again.
+static double gradient(i64 n, i64 out, i64 in, const bf16* dy, i64 ldy, const bf16* x, i64 ldx, bf16* dw) {
     const i64 deep = (n + DEEP - 1) / DEEP * DEEP;
     const bool tall = out >= in;
     static thread_local std::vector<bf16> space;
@@ -193,6 +194,7 @@ static void gradient(i64 n, i64 out, i64 in, const bf16* dy, i64 ldy, const bf16
         for (i64 i = 0; i < n; i += DEEP, to += TILE)
             pack_tiles(x + i * ldx + column, ldx, std::min(DEEP, n - i), to, to + deep * ROWS);
     };
+    std::vector<float> squares(out / 32 * (in / 32));
 #pragma omp parallel
     {
         alignas(64) float sums[32 * 32];
@@ -207,14 +209,19 @@ static void gradient(i64 n, i64 out, i64 in, const bf16* dy, i64 ldy, const bf16
                 await(32, dw + row * in + column, in);
                 block<true, true>(deep, left + row * deep, 0, right + column * deep, sums);
                 for (i64 r = 0; r < 32; r++) store_row(sums + 32 * r, dw + (row + r) * in + column);
+                float square = 0;
+#pragma omp simd reduction(+ : square)
+                for (i64 i = 0; i < 32 * 32; i++) square += sums[i] * sums[i];
+                squares[row / 32 * (in / 32) + column / 32] = square;
             }
         _tile_release();
     }
+    return std::accumulate(squares.begin(), squares.end(), 0.0);
 }
 #else
 static bool tiles_allowed() { return false; }
 static void pack_rows(i64, i64, i64, i64, const bf16*, bf16*, bf16*) {}
 static void multiply(i64, i64, i64, const bf16*, i64, const bf16*, bf16*, i64) {}
 static void pack_weight(i64, i64, i64, const bf16*, bf16*, bf16*) {}
-static void gradient(i64, i64, i64, const bf16*, i64, const bf16*, i64, bf16*) {}
+static double gradient(i64, i64, i64, const bf16*, i64, const bf16*, i64, bf16*) { return 0; }
 #endif

@@ -63,10 +63,11 @@ def matrix(w: Tensor) -> Matrix:
     return TiledMatrix(w) if len(w) % 32 == 0 and tiled(w) else Matrix(w)
 
 
-def gradient(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
-    """dy^T x: [N, out] and [N, in] -> [out, in]."""
+def gradient(dy: Tensor, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, float | None]:
+    """dy^T x: [N, out] and [N, in] -> [out, in], and, on tiles, the sum of its squares."""
     if not tiled(dy, x):
-        return torch.mm(dy.t(), x, out=out)
+        return torch.mm(dy.t(), x, out=out), None
     out = dy.new_empty(dy.shape[1], x.shape[1]) if out is None else out
-    kernels.call("gradient", dy.dtype, *dy.shape, x.shape[1], dy, dy.stride(0), x, x.stride(0), out)
-    return out
+    return out, kernels.call(
+        "gradient", dy.dtype, *dy.shape, x.shape[1], dy, dy.stride(0), x, x.stride(0), out
+    )  # fmt: skip

@@ -33,6 +33,14 @@ static inline void pad_tile(const bf16* from, i64 ld, i64 rows, i64 count, bf16*
                                                    : _mm512_setzero_si512());
 }
 
+// `count` columns of 32 rows, of which `rows` are there, as the tile of a right operand.
+static inline void pack_skinny(const bf16* from, i64 ld, i64 rows, i64 count, bf16* to) {
+    alignas(64) bf16 padded[2 * TILE], nothing[TILE];
+    pad_tile(from, ld, rows, count, padded);
+    pad_tile(from + ROWS * ld, ld, rows - ROWS, count, padded + TILE);
+    pack_tiles(padded, DEEP, DEEP, to, nothing);
+}
+
 // The way down: h [n, G r] = dropout(x) A^T, and zeros in the `padding` columns behind.
 static void lora_down_tiles(i64 n, i64 in, i64 r, i64 groups, const bf16* x, i64 ldx, const bf16* A, const int8_t* bits,
                             const int8_t* limit, float scale, bf16* h, i64 ldh, i64 padding) {
@@ -90,18 +98,14 @@ static void lora_up_gradient(i64 n, i64 out, i64 r, i64 groups, const i64* offse
 #pragma omp parallel
     {
         Tiles right(groups * across * deep), left(2 * deep);
-        alignas(64) bf16 tiles[2 * TILE], padded[DEEP * DEEP];
+        alignas(64) bf16 tiles[2 * TILE];
         alignas(64) float sums[ROWS * ROWS];
         shape_tiles(ROWS, ROWS);
         for (i64 g = 0; g < groups; g++)
             for (i64 c = 0; c < across; c++)
-                for (i64 p = 0; p < deep; p++) {
-                    const i64 rows = std::min(DEEP, n - p * DEEP);
-                    const bf16* from = h + p * DEEP * ldh + g * r + c * ROWS;
-                    pad_tile(from, ldh, rows, std::min(ROWS, r - c * ROWS), padded);
-                    pad_tile(from + ROWS * ldh, ldh, rows - ROWS, std::min(ROWS, r - c * ROWS), padded + TILE);
-                    pack_tiles(padded, DEEP, DEEP, right.at((g * across + c) * deep + p), tiles);
-                }
+                for (i64 p = 0; p < deep; p++)
+                    pack_skinny(h + p * DEEP * ldh + g * r + c * ROWS, ldh, std::min(DEEP, n - p * DEEP),
+                                std::min(ROWS, r - c * ROWS), right.at((g * across + c) * deep + p));
 #pragma omp for schedule(static)
         for (i64 strip = 0; strip < groups * (out / 32); strip++) {
             const i64 g = strip / (out / 32), column = strip % (out / 32) * 32;
@@ -195,18 +199,15 @@ static void lora_down_gradient(i64 n, i64 in, i64 r, i64 groups, const bf16* x, 
 #pragma omp parallel
     {
         Tiles left(groups * down * deep), right(2 * deep);
-        alignas(64) bf16 masked[DEEP * DEEP], padded[DEEP * DEEP], tiles[2 * TILE];
+        alignas(64) bf16 masked[2 * TILE], tile[TILE];
         alignas(64) float sums[ROWS * 32];
         shape_tiles(ROWS, ROWS);
         for (i64 g = 0; g < groups; g++)
             for (i64 c = 0; c < down; c++)
                 for (i64 p = 0; p < deep; p++) {
-                    const i64 rows = std::min(DEEP, n - p * DEEP);
-                    const bf16* from = dh + p * DEEP * ldb + g * r + c * ROWS;
-                    pad_tile(from, ldb, rows, std::min(ROWS, r - c * ROWS), padded);
-                    pad_tile(from + ROWS * ldb, ldb, rows - ROWS, std::min(ROWS, r - c * ROWS), padded + TILE);
-                    pack_tiles(padded, DEEP, DEEP, tiles, tiles + TILE);
-                    turn_tile(tiles, DEEP, left.at((g * down + c) * deep + p));
+                    pack_skinny(dh + p * DEEP * ldb + g * r + c * ROWS, ldb, std::min(DEEP, n - p * DEEP),
+                                std::min(ROWS, r - c * ROWS), tile);
+                    turn_tile(tile, DEEP, left.at((g * down + c) * deep + p));
                 }
 #pragma omp for schedule(static)
         for (i64 column = 0; column < in; column += 32)

@@ -80,8 +80,8 @@ static void adamw_rows(i64 n, i64 d, const i64* rows, float* p, const float* g, 
     }
 }
 
-// What steps with gradient 0 did to those rows: optim.LazyTable has the mathematics. rules [., 3 + 2 nodes], one of them
-// for each row by `rule` [n]: factors of p, m and v, then nodes and their weights.
+// What steps with gradient 0 did to those rows: optim.LazyTable has the mathematics. rules [., 3 + 2 nodes], one of
+// them for each row by `rule` [n]: factors of p, m and v, then nodes and their weights.
 static void adamw_skipped(i64 n, i64 d, const i64* rows, const i64* rule, i64 nodes, const float* rules, float eps,
                           float* p, float* m, float* v) {
     auto fetch = [=](i64 i) {  // a row is where no cache has it

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 import kernels
 from layers import Layer, Norm, Shape, Stream
 from linear import Arena, Draw, Dropout, Linear, LoraLinear, apply, base_layer
+from tiles import packs
 
 NOTHING: Dropout = (None, None, 1.0)
 
@@ -16,16 +17,22 @@ class FusedLoraLinear(LoraLinear):
     """As `LoraLinear`, with the skinny products and their dropout in two kernels, fp32, straight from x and the
     random bytes: no masked copy of x per adapter. The base layer's product brings the adapters' gradient along."""
 
+    way_down = "lora_down"
+
     def __init__(self, arena: Arena, modules: list[nn.Module]):
         super().__init__(arena, modules)
         self.joint = True  # whoever makes x writes it into the longer input
-        self.turned = torch.zeros(len(self.parts), self.width, -(-self.r // 16) * 16)  # for whole vectors
+        self.read_down()
+
+    def read_down(self) -> None:
+        """Have A as the way down reads it, and have that follow the weights: in fp32, padded to whole vectors."""
+        self.matrices = torch.zeros(len(self.parts), self.width, -(-self.r // 16) * 16)
         self.padded = torch.zeros(len(self.parts), self.r, -(-self.width // 16) * 16)
-        arena.listeners.append(self.turn)
+        self.arena.listeners.append(self.turn)
         self.turn()
 
     def turn(self) -> None:
-        self.turned[:, :, : self.r] = self.wide_down.transpose(1, 2)
+        self.matrices[:, :, : self.r] = self.wide_down.transpose(1, 2)
         self.padded[:, :, : self.width] = self.wide_down
 
     def buffer(self, n: int) -> tuple[Tensor, Tensor]:
@@ -35,8 +42,8 @@ class FusedLoraLinear(LoraLinear):
     def forward(self, wide: Tensor, draw: Draw, bias: bool = True) -> tuple[Tensor, tuple]:
         n, h = len(wide), wide[:, self.width :]
         drop = draw.dropout((len(self.parts), n, self.width), self.p, wide.device, len(self.parts))
-        kernels.call("lora_down", wide.dtype, n, self.width, self.r, len(self.parts), wide, wide.stride(0), self.turned,
-                     *drop, h, wide.stride(0), h.shape[1] - self.block.shape[1])  # fmt: skip
+        kernels.call(self.way_down, wide.dtype, n, self.width, self.r, len(self.parts), wide, wide.stride(0),
+                     self.matrices, *drop, h, wide.stride(0), h.shape[1] - self.block.shape[1])  # fmt: skip
         y = self.matrix.forward(wide)
         return y.add_(self.bias) if bias else y, (wide, drop)
 
@@ -55,8 +62,10 @@ class FusedLoraLinear(LoraLinear):
 class TiledLoraLinear(FusedLoraLinear):
     """As `FusedLoraLinear`, on the processor's tile registers, with A in bf16 as PEFT has it under autocast."""
 
-    def turn(self) -> None:
-        """Nothing: the kernels read A as it is."""
+    way_down = "lora_down_tiles"
+
+    def read_down(self) -> None:
+        self.matrices = self.down
 
     @cached_property
     def offsets(self) -> Tensor:
@@ -72,14 +81,6 @@ class TiledLoraLinear(FusedLoraLinear):
         kernels.call("lora_refresh", self.wide.dtype, *self.wide.shape, self.width, each, self.r, len(self.parts),
                      self.offsets, self.factors, self.up[0], self.wide, matrix.packed, matrix.packed_back)  # fmt: skip
 
-    def forward(self, wide: Tensor, draw: Draw, bias: bool = True) -> tuple[Tensor, tuple]:
-        n, h = len(wide), wide[:, self.width :]
-        drop = draw.dropout((len(self.parts), n, self.width), self.p, wide.device, len(self.parts))
-        kernels.call("lora_down_tiles", wide.dtype, n, self.width, self.r, len(self.parts), wide, wide.stride(0),
-                     self.down, *drop, h, wide.stride(0), h.shape[1] - self.block.shape[1])  # fmt: skip
-        y = self.matrix.forward(wide)
-        return y.add_(self.bias) if bias else y, (wide, drop)
-
     def backward(self, dy: Tensor, saved: tuple, need_dx: bool = True, need_bias: bool = True) -> Tensor | None:
         (wide, drop), groups, fresh = saved, len(self.parts), self.arena.fresh
         dup, ddown = (grad[0] if fresh else torch.empty_like(grad[0]) for grad in (self.dups, self.ddown))
@@ -88,16 +89,15 @@ class TiledLoraLinear(FusedLoraLinear):
         base = self.matrix.backward(dy)
         dx = base.new_empty(len(dy), self.width) if need_dx else None
         kernels.call("lora_backward_tiles", dy.dtype, len(dy), self.width, self.r, groups, wide, wide.stride(0),
-                     self.down, *drop, base, base.stride(0), dx, ddown)  # fmt: skip
+                     self.matrices, *drop, base, base.stride(0), dx, ddown)  # fmt: skip
         if not fresh:
             self.dups[1].add_(dup), self.ddown[1].add_(ddown)
         return dx
 
 
 def fused_lora(arena: Arena, modules: list[nn.Module]) -> FusedLoraLinear:
-    sizes = base_layer(modules[0]).weight.shape
-    on_tiles = kernels.tiles() and arena.compute.dtype == torch.bfloat16 and all(size % 32 == 0 for size in sizes)
-    return (TiledLoraLinear if on_tiles else FusedLoraLinear)(arena, modules)
+    weight = arena.view(arena.compute, [base_layer(modules[0]).weight])
+    return (TiledLoraLinear if packs(weight) else FusedLoraLinear)(arena, modules)
 
 
 class FusedLayer(Layer):

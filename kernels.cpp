@@ -308,7 +308,7 @@ static void* const* table() {
     static void* const all[] = {(void*)add_norm<T>, (void*)add_norm_backward<T>, (void*)gelu<T>,
                                 (void*)gelu_backward<T>, (void*)attend<T>, (void*)attend_backward<T>,
                                 (void*)lora_down<T>, (void*)lora_backward<T>, (void*)column_sums<T>,
-                                (void*)square_sum<T>, (void*)random_bytes, (void*)draw, (void*)adamw<T>, (void*)adamw_packed<T>,
+                                (void*)square_sum<T>, (void*)draw, (void*)adamw<T>, (void*)adamw_packed<T>,
                                 (void*)adamw_rows, (void*)adamw_skipped,
                                 (void*)tiles_allowed, (void*)pack_weight, (void*)multiply, (void*)gradient,
                                 (void*)lora_down_tiles, (void*)lora_up_gradient, (void*)lora_backward_tiles,

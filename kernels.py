@@ -36,7 +36,6 @@ SIGNATURES = {  # i: int64, p: pointer, f: float, b: bool; in the order of kerne
     "lora_backward": "iiiipip" + "ppf" + "pipp",
     "column_sums": "iippb",
     "square_sum": "ip",
-    "random_bytes": "iip",
     "draw": "iipiiip",
     "adamw": "ippppp" + "ffffffff",
     "adamw_packed": "iipppppp" + "ffffffff",

@@ -103,9 +103,10 @@ class Arena:
         for at, part in self.parts():
             start = at.start
             while start < at.stop:
-                matrix = self.packed.get(start)
-                later = [first for first in self.packed if start < first < at.stop]
-                stop = start + matrix.w.numel() if matrix else min(later, default=at.stop)
+                if matrix := self.packed.get(start):
+                    stop = start + matrix.w.numel()
+                else:
+                    stop = min((first for first in self.packed if start < first < at.stop), default=at.stop)
                 yield slice(start, stop), part[start - at.start : stop - at.start], matrix
                 start = stop
 
@@ -228,7 +229,7 @@ class Linear:
 
     def forward(self, x: Tensor, draw: Draw, bias: bool = True) -> tuple[Tensor, tuple]:
         """[N, out]. The kernels add the bias themselves: inside the product it costs 75 to 400 us."""
-        return torch.addmm(self.bias, x, self.weight.t()) if bias else self.matrix.forward(x), (x,)
+        return self.matrix.forward(x, self.bias if bias else None), (x,)
 
     def backward(self, dy: Tensor, saved: tuple, need_dx: bool = True, need_bias: bool = True) -> Tensor | None:
         if self.dweight is not None:

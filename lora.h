@@ -8,16 +8,6 @@
 #ifdef TILES
 static const i64 GROUPS = 3;  // adapters of one call at most: q, k and v
 
-// Memory for tiles.
-class Tiles {
-  public:
-    explicit Tiles(i64 count) : space(count * TILE + DEEP, bf16{0}) {}
-    bf16* at(i64 tile) { return (bf16*)((uintptr_t(space.data()) + 63) / 64 * 64) + tile * TILE; }
-
-  private:
-    std::vector<bf16> space;
-};
-
 // What dropout leaves of 32 neighbours in a row, but for the scale.
 static inline __mmask32 kept(const Dropout& drop, i64 start, i64 column) {
     if (!drop.bits) return ~__mmask32(0);
@@ -39,6 +29,18 @@ static inline void pack_skinny(const bf16* from, i64 ld, i64 rows, i64 count, bf
     pad_tile(from, ld, rows, count, padded);
     pad_tile(from + ROWS * ld, ld, rows - ROWS, count, padded + TILE);
     pack_tiles(padded, DEEP, DEEP, to, nothing);
+}
+
+// out [16, 16] = a b, both as tiles down the inner dimension.
+static inline void skinny(i64 deep, const bf16* a, const bf16* b, float* out) {
+    settle();
+    _tile_zero(0);
+    for (i64 p = 0; p < deep; p++) {
+        _tile_loadd(4, a + p * TILE, 64);
+        _tile_loadd(6, b + p * TILE, 64);
+        _tile_dpbf16ps(0, 4, 6);
+    }
+    _tile_stored(0, out, 64);
 }
 
 // The way down: h [n, G r] = dropout(x) A^T, and zeros in the `padding` columns behind.
@@ -69,15 +71,7 @@ static void lora_down_tiles(i64 n, i64 in, i64 r, i64 groups, const bf16* x, i64
                                            _mm512_maskz_loadu_epi16(mask, x + (first + i) * ldx + p * DEEP));
                     }
                 for (i64 c = 0; c < across; c++) {
-                    const bf16* down = right.at((g * across + c) * deep);
-                    settle();
-                    _tile_zero(0);
-                    for (i64 p = 0; p < deep; p++) {
-                        _tile_loadd(4, left.at(p), 64);
-                        _tile_loadd(6, down + p * TILE, 64);
-                        _tile_dpbf16ps(0, 4, 6);
-                    }
-                    _tile_stored(0, sums, 64);
+                    skinny(deep, left.at(0), right.at((g * across + c) * deep), sums);
                     for (i64 i = 0; i < rows; i++)
                         for (i64 j = 0; j < std::min(ROWS, r - c * ROWS); j++)
                             store(h[(first + i) * ldh + g * r + c * ROWS + j], sums[i * ROWS + j] * scale);
@@ -116,15 +110,7 @@ static void lora_up_gradient(i64 n, i64 out, i64 r, i64 groups, const i64* offse
             }
             for (i64 half = 0; half < 2; half++)
                 for (i64 c = 0; c < across; c++) {
-                    const bf16* up = right.at((g * across + c) * deep);
-                    settle();
-                    _tile_zero(0);
-                    for (i64 p = 0; p < deep; p++) {
-                        _tile_loadd(4, left.at(half * deep + p), 64);
-                        _tile_loadd(6, up + p * TILE, 64);
-                        _tile_dpbf16ps(0, 4, 6);
-                    }
-                    _tile_stored(0, sums, 64);
+                    skinny(deep, left.at(half * deep), right.at((g * across + c) * deep), sums);
                     bf16* to = dB + (g * out + column + half * ROWS) * r + c * ROWS;
                     for (i64 i = 0; i < ROWS; i++)
                         for (i64 j = 0; j < std::min(ROWS, r - c * ROWS); j++)
@@ -149,8 +135,9 @@ static void lora_dx(i64 n, i64 in, i64 r, i64 groups, const bf16* A, const Dropo
         for (i64 g = 0; g < groups; g++)
             for (i64 c = 0; c < columns; c++)
                 for (i64 p = 0; p < deep; p++) {
-                    bf16* to = right.at(((g * columns + c) * deep + p) * 2);
-                    pack_tiles(A + (g * r + p * DEEP) * in + c * 32, in, std::min(DEEP, r - p * DEEP), to, to + TILE);
+                    bf16* to = right.at((g * columns + c) * deep * 2 + p);
+                    pack_tiles(A + (g * r + p * DEEP) * in + c * 32, in, std::min(DEEP, r - p * DEEP), to,
+                               to + deep * TILE);
                 }
 #pragma omp for schedule(static)
         for (i64 first = 0; first < n; first += ROWS) {
@@ -160,24 +147,14 @@ static void lora_dx(i64 n, i64 in, i64 r, i64 groups, const bf16* A, const Dropo
                     pad_tile(base + first * ldb + in + g * r + p * DEEP, ldb, rows, std::min(DEEP, r - p * DEEP),
                              left.at(g * deep + p));
             for (i64 c = 0; c < columns; c++) {
-                settle();
                 for (i64 g = 0; g < groups; g++) {
-                    _tile_zero(0);
-                    _tile_zero(1);
-                    for (i64 p = 0; p < deep; p++) {
-                        const bf16* to = right.at(((g * columns + c) * deep + p) * 2);
-                        _tile_loadd(4, left.at(g * deep + p), 64);
-                        _tile_loadd(6, to, 64);
-                        _tile_loadd(7, to + TILE, 64);
-                        _tile_dpbf16ps(0, 4, 6);
-                        _tile_dpbf16ps(1, 4, 7);
-                    }
-                    _tile_stored(0, sums[g], 128);
-                    _tile_stored(1, sums[g] + ROWS, 128);
+                    const bf16* up = right.at((g * columns + c) * deep * 2);
+                    block<true, false>(deep * DEEP, left.at(g * deep), 0, up, sums[g]);
                 }
                 for (i64 i = 0; i < rows; i++) {
                     const __m512i through = _mm512_loadu_si512(base + (first + i) * ldb + c * 32);
-                    __m512 low = widen(_mm512_castsi512_si256(through)), high = widen(_mm512_extracti64x4_epi64(through, 1));
+                    __m512 low = widen(_mm512_castsi512_si256(through));
+                    __m512 high = widen(_mm512_extracti64x4_epi64(through, 1));
                     for (i64 g = 0; g < groups; g++) {
                         const __mmask32 mask = kept(drop, (g * n + first + i) * in, c * 32);
                         const float* sum = sums[g] + i * 32;
@@ -221,18 +198,7 @@ static void lora_down_gradient(i64 n, i64 in, i64 r, i64 groups, const bf16* x, 
                     pack_tiles(masked, DEEP, rows, right.at(p), right.at(deep + p));
                 }
                 for (i64 c = 0; c < down; c++) {
-                    settle();
-                    _tile_zero(0);
-                    _tile_zero(1);
-                    for (i64 p = 0; p < deep; p++) {
-                        _tile_loadd(4, left.at((g * down + c) * deep + p), 64);
-                        _tile_loadd(6, right.at(p), 64);
-                        _tile_loadd(7, right.at(deep + p), 64);
-                        _tile_dpbf16ps(0, 4, 6);
-                        _tile_dpbf16ps(1, 4, 7);
-                    }
-                    _tile_stored(0, sums, 128);
-                    _tile_stored(1, sums + ROWS, 128);
+                    block<true, false>(deep * DEEP, left.at((g * down + c) * deep), 0, right.at(0), sums);
                     for (i64 i = 0; i < std::min(ROWS, r - c * ROWS); i++)
                         for (i64 j = 0; j < 32; j++)
                             store(dA[(g * r + c * ROWS + i) * in + column + j], sums[i * 32 + j] * drop.scale);
@@ -249,6 +215,7 @@ static void lora_backward_tiles(i64 n, i64 in, i64 r, i64 groups, const bf16* x,
     if (dx) lora_dx(n, in, r, groups, A, drop, base, ldb, dx);
     lora_down_gradient(n, in, r, groups, x, ldx, drop, base + in, ldb, dA);
 }
+
 // After a step: the columns of wide [out, columns] from `in` on become factors * B, block by block, and are packed.
 static void lora_refresh(i64 out, i64 columns, i64 in, i64 each, i64 r, i64 groups, const i64* offsets,
                          const float* factors, const bf16* B, bf16* wide, bf16* forward, bf16* backward) {
@@ -262,8 +229,8 @@ static void lora_refresh(i64 out, i64 columns, i64 in, i64 each, i64 r, i64 grou
 }
 #else
 static void lora_refresh(i64, i64, i64, i64, i64, i64, const i64*, const float*, const bf16*, bf16*, bf16*, bf16*) {}
-static void lora_down_tiles(i64, i64, i64, i64, const bf16*, i64, const bf16*, const int8_t*, const int8_t*, float, bf16*,
-                            i64, i64) {}
+static void lora_down_tiles(i64, i64, i64, i64, const bf16*, i64, const bf16*, const int8_t*, const int8_t*, float,
+                            bf16*, i64, i64) {}
 static void lora_up_gradient(i64, i64, i64, i64, const i64*, const float*, const bf16*, i64, const bf16*, i64, bf16*) {}
 static void lora_backward_tiles(i64, i64, i64, i64, const bf16*, i64, const bf16*, const int8_t*, const int8_t*, float,
                                 const bf16*, i64, bf16*, bf16*) {}

@@ -224,10 +224,10 @@ class FastAdamW(torch.optim.Optimizer):
     def step(self, closure=None) -> Tensor:
         if not self.compiled:
             self.arena.widen()
-        known = self.arena.squares
+        pieces, known = list(self.arena.pieces()), self.arena.squares
         square = sum(
             square_sum(part, self.compiled) if known.get(at.start) is None else torch.tensor(known[at.start])
-            for at, part, _ in self.arena.pieces()
+            for at, part, _ in pieces
         )
         if self.lazy:
             rows, grad = self._table_grad()
@@ -239,7 +239,7 @@ class FastAdamW(torch.optim.Optimizer):
         if self.max_grad_norm is not None:  # AdamW divides by `scale` as it reads: clipping costs no pass
             scale = ((norm + 1e-6) / self.max_grad_norm).clamp(min=1.0)
         self.steps += 1
-        for at, part, matrix in self.arena.pieces():
+        for at, part, matrix in pieces:
             group = self.param_groups[0 if at.stop <= self.arena.decayed_size else -1]
             copy = matrix
             if matrix is None and self.compiled and self.arena.compute is not self.arena.flat:

@@ -17,7 +17,18 @@
 
 static const i64 ROWS = 16, DEEP = 32, TILE = ROWS * DEEP;
 
-// Linux gives a process the tiles' memory when asked.
+// Memory for tiles.
+class Tiles {
+  public:
+    explicit Tiles(i64 count = 0) { resize(count); }
+    void resize(i64 count) { space.resize(count * TILE + DEEP); }
+    bf16* at(i64 tile) { return (bf16*)((uintptr_t(space.data()) + 63) / 64 * 64) + tile * TILE; }
+
+  private:
+    std::vector<bf16> space;
+};
+
+// Linux gives a process the registers when asked.
 static bool tiles_allowed() {
     static const bool allowed = syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
     return allowed;
@@ -173,14 +184,14 @@ static void pack_weight(i64 out, i64 in, i64 first, const bf16* w, bf16* forward
 }
 
 // dw [out, in] = dy^T x; dy [n, out] and x [n, in] have rows ldy and ldx apart. out and in: multiples of 32.
-// Each thread packs its part of the wider operand for itself, and its share of the other one for all. Returns the sum of
-// the squares, before they are rounded: for the norm of the whole gradient, which would read all of it again.
+// Each thread packs its part of the wider operand for itself, and its share of the other one for all. Returns the sum
+// of the squares, before they are rounded: for the norm of the whole gradient, which would read all of it again.
 static double gradient(i64 n, i64 out, i64 in, const bf16* dy, i64 ldy, const bf16* x, i64 ldx, bf16* dw) {
     const i64 deep = (n + DEEP - 1) / DEEP * DEEP;
     const bool tall = out >= in;
-    static thread_local std::vector<bf16> space;
-    space.resize(deep * (out + in) + DEEP);
-    bf16 *left = (bf16*)((uintptr_t(space.data()) + 63) / 64 * 64), *right = left + deep * out;
+    static thread_local Tiles space;  // kept: fresh memory would be zeroed at every call
+    space.resize(deep * (out + in) / TILE);
+    bf16 *left = space.at(0), *right = left + deep * out;
     auto pack_left = [=](i64 column) {  // 32 columns of dy, as 32 rows of the left operand
         alignas(64) bf16 tiles[2 * TILE];
         bf16* to = left + column * deep;

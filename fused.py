@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 import kernels
+from dropout import Draw, Dropout
 from layers import Layer, Norm, Shape, Stream
-from linear import Arena, Draw, Dropout, Linear, LoraLinear, apply, base_layer
+from linear import Arena, Linear, LoraLinear, base_layer
+from tape import empty
 from tiles import packs
 
 NOTHING: Dropout = (None, None, 1.0)
@@ -36,7 +38,7 @@ class FusedLoraLinear(LoraLinear):
         self.padded[:, :, : self.width] = self.wide_down
 
     def buffer(self, n: int) -> tuple[Tensor, Tensor]:
-        wide = self.wide.new_empty(n, self.wide.shape[1])
+        wide = empty(n, self.wide.shape[1], dtype=self.wide.dtype)
         return wide, wide[:, : self.width]
 
     def forward(self, wide: Tensor, draw: Draw, bias: bool = True) -> tuple[Tensor, tuple]:
@@ -51,7 +53,7 @@ class FusedLoraLinear(LoraLinear):
         (wide, drop), groups = saved, len(self.parts)
         self.put_up(wide[:, self.width :], dy)
         base = self.matrix.backward(dy)
-        dx = base.new_empty(len(dy), self.width) if need_dx else None
+        dx = empty(len(dy), self.width, dtype=base.dtype) if need_dx else None
         ddown = torch.empty_like(self.wide_down)
         kernels.call("lora_backward", dy.dtype, len(dy), self.width, self.r, groups, wide, wide.stride(0), self.padded,
                      *drop, base, base.stride(0), dx, ddown)  # fmt: skip
@@ -87,7 +89,7 @@ class TiledLoraLinear(FusedLoraLinear):
         kernels.call("lora_up_gradient", dy.dtype, len(dy), self.up[0].shape[0], self.r, groups, self.offsets,
                      self.factors, dy, dy.stride(0), wide[:, self.width :], wide.stride(0), dup)  # fmt: skip
         base = self.matrix.backward(dy)
-        dx = base.new_empty(len(dy), self.width) if need_dx else None
+        dx = empty(len(dy), self.width, dtype=base.dtype) if need_dx else None
         kernels.call("lora_backward_tiles", dy.dtype, len(dy), self.width, self.r, groups, wide, wide.stride(0),
                      self.matrices, *drop, base, base.stride(0), dx, ddown)  # fmt: skip
         if not fresh:
@@ -123,7 +125,7 @@ class FusedLayer(Layer):
     ) -> tuple[Tensor, Tensor | None, tuple]:
         """norm(x + dropout(y + bias)), y from `linear`; in fp32 and as the input of `reader`'s product."""
         n, d = y.shape
-        z, h, mean, rstd = x.new_empty(n, d), x.new_empty(n, d), x.new_empty(n), x.new_empty(n)
+        z, h, mean, rstd = empty(n, d), empty(n, d), empty(n), empty(n)
         full, part = reader.buffer(n) if reader else (None, None)
         stride = part.stride(0) if reader else 0
         kernels.call("add_norm", self.dtype, n, d, x, x.stride(0), y, linear.wide_bias, *drop, norm.weight,
@@ -135,7 +137,7 @@ class FusedLayer(Layer):
     ) -> tuple[Tensor, Tensor]:
         """-> gradient of x, fp32, and of y, the output of `linear`, whose bias gets its gradient here."""
         (dy, more), (z, mean, rstd) = stream, saved
-        dx, half = torch.empty_like(z), torch.empty_like(z, dtype=self.dtype)
+        dx, half = empty(*z.shape), empty(*z.shape, dtype=self.dtype)
         kernels.call("add_norm_backward", self.dtype, *z.shape, dy, more, z, mean, rstd, norm.weight, *drop,
                      dx, half, norm.dweight, norm.dbias, linear.dbias, not self.arena.fresh)  # fmt: skip
         return dx, half
@@ -145,7 +147,7 @@ class FusedLayer(Layer):
         rows, lq = len(q), len(q) // shape.b
         full, part = self.out.buffer(rows)
         drop = draw.dropout((shape.b * self.heads, lq, shape.length), self.core.p, q.device)
-        norms = torch.empty(shape.b * self.heads * lq, 2)
+        norms = empty(shape.b * self.heads * lq, 2)
         sizes = (shape.b, self.heads, lq, shape.length, self.width // self.heads, q.stride(0), k.stride(0))
         heads = (*sizes, shape.lengths, q, k, v, *self.biases, *drop)
         kernels.call("attend", self.dtype, *heads, part, part.stride(0), norms)
@@ -156,6 +158,12 @@ class FusedLayer(Layer):
         heads, norms = saved
         kernels.call("attend_backward", self.dtype, *heads, norms, dcontext, dq, dk, dv)
 
+    def _cast(self, x: Tensor, reader: Linear) -> Tensor:
+        """x [n, D] as the input of `reader`'s product."""
+        full, part = reader.buffer(len(x))
+        kernels.call("cast", self.dtype, *x.shape, x, x.stride(0), part, part.stride(0))
+        return full
+
     def _bias(self, linear: Linear, dy: Tensor) -> None:
         if linear.dbias is not None:
             kernels.call("column_sums", self.dtype, *dy.shape, dy, linear.dbias, not self.arena.fresh)
@@ -163,11 +171,10 @@ class FusedLayer(Layer):
     def forward(self, stream: Stream, shape: Shape, draw: Draw) -> tuple[Stream, tuple]:
         x, full = stream
         if full is None:
-            full, part = self.entry.buffer(len(x))
-            part.copy_(x)
+            full = self._cast(x, self.entry)
         if self.last:
             x = x.view(shape.b, shape.length, -1)[:, 0]
-            q, saved_q = apply(self.q, x, draw, bias=False)
+            q, saved_q = self.q.forward(self._cast(x, self.q), draw, bias=False)
             kv, saved_kv = self.entry.forward(full, draw, bias=False)
             qkv, saved_in = (q, *kv.split(self.width, 1)), (saved_q, saved_kv)
         else:
@@ -192,19 +199,19 @@ class FusedLayer(Layer):
         dh = self.lin1.backward(dg, saved_u, need_bias=False)
         dz, do = self._add_norm_backward((dz, dh), saved1, NOTHING, self.norm1, self.out)
         dcontext = self.out.backward(do, saved_out, need_bias=False)
-        dentry = torch.empty(shape.b * shape.length, self.entry.weight.shape[0], dtype=self.dtype)
+        dentry = empty(shape.b * shape.length, self.entry.weight.shape[0], dtype=self.dtype)
         if not self.last:
             self._attend_backward(dcontext, saved_core, *dentry.split(self.width, 1))
             self._bias(self.qkv, dentry)
             dx = self.qkv.backward(dentry, saved_in, need_dx, need_bias=False)
             return (dz, dx) if need_dx else None
-        dq = torch.empty(shape.b, self.width, dtype=self.dtype)
+        dq = empty(shape.b, self.width, dtype=self.dtype)
         self._attend_backward(dcontext, saved_core, dq, *dentry.split(self.width, 1))
         self._bias(self.q, dq), self._bias(self.kv, dentry)
         dcls = self.q.backward(dq, saved_in[0], need_dx, need_bias=False)
         dx = self.kv.backward(dentry, saved_in[1], need_dx, need_bias=False)
         if not need_dx:
             return None
-        dx = dx.float()
-        dx.view(shape.b, shape.length, -1)[:, 0] += dz + dcls
-        return dx, None
+        whole = empty(*dx.shape)
+        kernels.call("add_first", self.dtype, shape.b, shape.length, self.width, dx, dz, dcls, whole)
+        return whole, None

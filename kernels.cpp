@@ -9,6 +9,7 @@
 #include "kernels.h"
 #include "lora.h"
 #include "products.h"
+#include "tape.h"
 
 // The products come without their biases, which are added here. All biases and sums of gradients are in float.
 
@@ -302,21 +303,38 @@ static void column_sums(i64 n, i64 d, const T* x, float* to, bool add) {
     sums.put(to, 0, d, add);
 }
 
+// x [n, d], rows ldx apart -> to, rows ldt apart.
+template <class T>
+static void cast(i64 n, i64 d, const float* x, i64 ldx, T* to, i64 ldt) {
+#pragma omp parallel for schedule(static)
+    for (i64 i = 0; i < n; i++)
+        for (i64 j = 0; j < d; j++) store(to[i * ldt + j], x[i * ldx + j]);
+}
+
+// to [b, l, d] = x, with first + more, [b, d] each, added at each sequence's first position.
+template <class T>
+static void add_first(i64 b, i64 l, i64 d, const T* x, const float* first, const T* more, float* to) {
+#pragma omp parallel for schedule(static)
+    for (i64 i = 0; i < b; i++) {
+        for (i64 j = i * l * d; j < (i + 1) * l * d; j++) to[j] = load(x[j]);
+        for (i64 j = 0; j < d; j++) to[i * l * d + j] += first[i * d + j] + load(more[i * d + j]);
+    }
+}
+
 // In the order of kernels.SIGNATURES.
 template <class T>
-static void* const* table() {
-    static void* const all[] = {(void*)add_norm<T>, (void*)add_norm_backward<T>, (void*)gelu<T>,
-                                (void*)gelu_backward<T>, (void*)attend<T>, (void*)attend_backward<T>,
-                                (void*)lora_down<T>, (void*)lora_backward<T>, (void*)column_sums<T>,
-                                (void*)square_sum<T>, (void*)draw, (void*)adamw<T>, (void*)adamw_packed<T>,
-                                (void*)adamw_rows, (void*)adamw_skipped,
-                                (void*)tiles_allowed, (void*)pack_weight, (void*)multiply, (void*)gradient,
-                                (void*)lora_down_tiles, (void*)lora_up_gradient, (void*)lora_backward_tiles,
-                                (void*)lora_refresh};
+static const Entry* table() {
+    static const Entry all[] = {
+        entry<add_norm<T>>(), entry<add_norm_backward<T>>(), entry<gelu<T>>(), entry<gelu_backward<T>>(),
+        entry<attend<T>>(), entry<attend_backward<T>>(), entry<lora_down<T>>(), entry<lora_backward<T>>(),
+        entry<column_sums<T>>(), entry<square_sum<T>>(), entry<draw>(), entry<adamw<T>>(), entry<adamw_packed<T>>(),
+        entry<adamw_rows>(), entry<adamw_skipped>(), entry<tiles_allowed>(), entry<pack_weight>(), entry<multiply>(),
+        entry<gradient>(), entry<lora_down_tiles>(), entry<lora_up_gradient>(), entry<lora_backward_tiles>(),
+        entry<lora_refresh>(), entry<cast<T>>(), entry<add_first<T>>(), entry<replay>()};
     return all;
 }
 
 extern "C" {
-void* const* kernels_bf16() { return table<bf16>(); }
-void* const* kernels_float() { return table<float>(); }
+const Entry* kernels_bf16() { return table<bf16>(); }
+const Entry* kernels_float() { return table<float>(); }
 }

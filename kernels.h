@@ -115,11 +115,11 @@ static void random_bytes(i64 n, i64 seed, uint32_t* to) {
 }
 
 // Random bytes for a mask of dropout, and each column's limit: `least`, or one more if a draw of 16 bits of its own is
-// below the threshold (see linear.Draw). n is a multiple of 8.
-static void draw(i64 seed, i64 n, int8_t* bits, i64 columns, i64 threshold, i64 least, int8_t* limit) {
-    random_bytes(n, seed, (uint32_t*)bits);
+// below the threshold (see dropout.Draw). n is a multiple of 8.
+static void draw(const i64* seed, i64 n, int8_t* bits, i64 columns, i64 threshold, i64 least, int8_t* limit) {
+    random_bytes(n, *seed, (uint32_t*)bits);
     std::vector<int16_t> coins(columns + 1);
-    random_bytes((columns + 1) / 2 * 4, ~seed, (uint32_t*)coins.data());
+    random_bytes((columns + 1) / 2 * 4, ~*seed, (uint32_t*)coins.data());
     for (i64 j = 0; j < columns; j++) limit[j] = int8_t(least + (coins[j] < threshold));
 }
 

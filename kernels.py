@@ -16,13 +16,16 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from packaged import cache_dir
 
-SOURCES = [Path(__file__).with_name(name) for name in ("kernels.cpp", "kernels.h", "adamw.h", "lora.h", "products.h")]
+SOURCES = [
+    Path(__file__).with_name(name) for name in ("kernels.cpp", "kernels.h", "adamw.h", "lora.h", "products.h", "tape.h")
+]
 FLAGS = ["-std=c++20", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
          "-mprefer-vector-width=512", "-shared", "-fPIC"]  # fmt: skip
 SIGNATURES = {  # i: int64, p: pointer, f: float, b: bool; in the order of kernels.cpp's table
@@ -36,7 +39,7 @@ SIGNATURES = {  # i: int64, p: pointer, f: float, b: bool; in the order of kerne
     "lora_backward": "iiiipip" + "ppf" + "pipp",
     "column_sums": "iippb",
     "square_sum": "ip",
-    "draw": "iipiiip",
+    "draw": "pipiiip",
     "adamw": "ippppp" + "ffffffff",
     "adamw_packed": "iipppppp" + "ffffffff",
     "adamw_rows": "iippppp" + "ffffffff",
@@ -44,15 +47,28 @@ SIGNATURES = {  # i: int64, p: pointer, f: float, b: bool; in the order of kerne
     "tiles_allowed": "",
     "pack_weight": "iiippp",
     "multiply": "iiipippi",
-    "gradient": "iiipipip",
+    "gradient": "iiipipipp",
     "lora_down_tiles": "iiiipip" + "ppf" + "pii",
     "lora_up_gradient": "iiii" + "pppipip",
     "lora_backward_tiles": "iiiipip" + "ppf" + "pipp",
     "lora_refresh": "iiiiiipppppp",
+    "cast": "iipipi",
+    "add_first": "iiipppp",
+    "replay": "ip",
 }
-RESULTS = {"square_sum": ctypes.c_double, "gradient": ctypes.c_double, "tiles_allowed": ctypes.c_bool}
+RESULTS = {"square_sum": ctypes.c_double, "tiles_allowed": ctypes.c_bool}
 TYPES = {"i": ctypes.c_int64, "p": ctypes.c_void_p, "f": ctypes.c_float, "b": ctypes.c_bool}
+SLOTS = {"i": "q", "p": "Q", "f": "f4x", "b": "?7x"}  # the same on a tape: eight bytes each
 NAMES = {torch.bfloat16: "bf16", torch.float32: "float"}
+
+
+tape = None  # the tape.Tape that calls are recorded on
+
+
+class Kernel(NamedTuple):
+    function: Callable[..., float | None]
+    unpack: int  # address of the function that takes its arguments from a tape
+    form: str  # of the arguments there, for `struct`, behind that address and their number
 
 
 def _compile(target: Path, compiler: str) -> None:
@@ -65,7 +81,7 @@ def _compile(target: Path, compiler: str) -> None:
 
 
 @functools.cache
-def library() -> dict[tuple[str, torch.dtype], Callable[..., float | None]] | None:
+def library() -> dict[tuple[str, torch.dtype], Kernel] | None:
     """The compiled kernels by name and dtype; None where no compiler makes them: layers.py then computes."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None or sys.platform != "linux":
@@ -97,10 +113,11 @@ def library() -> dict[tuple[str, torch.dtype], Callable[..., float | None]] | No
     functions = {}
     for dtype, suffix in NAMES.items():
         table = found[f"kernels_{suffix}"]
-        table.restype = ctypes.POINTER(ctypes.c_void_p * len(SIGNATURES))
-        for address, (name, signature) in zip(table().contents, SIGNATURES.items()):
+        table.restype = ctypes.POINTER(ctypes.c_void_p * 2 * len(SIGNATURES))
+        for (address, unpack), (name, signature) in zip(table().contents, SIGNATURES.items()):
             kind = ctypes.CFUNCTYPE(RESULTS.get(name), *(TYPES[letter] for letter in signature))
-            functions[name, dtype] = kind(address)
+            form = "=Qq" + "".join(SLOTS[letter] for letter in signature)
+            functions[name, dtype] = Kernel(kind(address), unpack, form)
     return functions
 
 
@@ -112,5 +129,8 @@ def tiles() -> bool:
 
 def call(name: str, dtype: torch.dtype, *values: Tensor | float | None) -> float | None:
     """Run a kernel for products in `dtype`; tensors are passed by address, so their layout is the caller's duty."""
-    function = library()[name, dtype]
-    return function(*(value.data_ptr() if isinstance(value, Tensor) else value for value in values))
+    kernel = library()[name, dtype]
+    values = [value.data_ptr() if isinstance(value, Tensor) else value for value in values]
+    if tape is not None:
+        tape.add(kernel.unpack, kernel.form, values)
+    return kernel.function(*values)

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linear import Arena, Draw, LoraLinear, apply, make_linear
+from dropout import Draw
+from linear import Arena, Linear, LoraLinear, apply, make_linear
 
 aten = torch.ops.aten
 Stream = tuple[Tensor, Tensor | None]  # between layers: see Layer.forward and Layer.backward
@@ -140,6 +141,10 @@ class Layer:
         self.out, self.norm1 = make([att.out_lin]), Norm(arena, block.sa_layer_norm)
         self.lin1, self.lin2 = make([block.ffn.lin1]), make([block.ffn.lin2])
         self.norm2 = Norm(arena, block.output_layer_norm)
+
+    @property
+    def linears(self) -> list[Linear]:
+        return [*((self.q, self.kv) if self.last else (self.qkv,)), self.out, self.lin1, self.lin2]
 
     def project(self, x: Tensor, shape: Shape, draw: Draw) -> tuple[list[Tensor], list[tuple]]:
         if not self.last:

@@ -1,19 +1,17 @@
-"""Linear layers of the fast path, plain and with LoRA adapters, over parameters in one flat buffer; dropout masks.
+"""Linear layers of the fast path, plain and with LoRA adapters, over parameters in one flat buffer.
 
 Shapes: N tokens, D width, r rank.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-import kernels
+from dropout import Draw
+from tape import empty
 from tiles import TiledMatrix, gradient, matrix
-
-Dropout = tuple[Tensor | None, Tensor | None, float]  # random bytes, limits, 1 / (1 - p)
 
 
 def base_layer(module: nn.Module) -> nn.Linear:
@@ -57,6 +55,7 @@ class Arena:
             p.data = self.view(self.flat, [p])
             start += p.numel()
         self.grads = [(p, self.view(self.grad, [p])) for p in self.decayed + self.plain]
+        self.squares = torch.zeros(len(self.matrices), dtype=torch.float64)  # of `half`, as the products sum them
         self.packed: dict[int, TiledMatrix] = {}  # trained ones by their place in `flat`; who changes them packs them
         self.listeners: list = []  # called after a step changed `compute`
         self.reloads: list = []  # called after anything may have changed it
@@ -80,7 +79,6 @@ class Arena:
     def reset_grad(self) -> None:
         """The next backward overwrites instead of adding: no pass over the gradient to fill it with zeros."""
         self.fresh, self.widened = True, self.half.dtype == self.grad.dtype
-        self.squares: dict[int, float | None] = {}  # of matrices, by their place, where the product summed them
         for p, view in self.grads:
             p.grad = view
         for p in self.by_autograd:
@@ -90,7 +88,7 @@ class Arena:
         """Make `grad` hold all of the gradient."""
         if not self.widened:
             self.grad[: len(self.half)].copy_(self.half)
-            self.widened, self.squares = True, {}
+            self.widened = True
 
     def parts(self) -> list[tuple[slice, Tensor]]:
         """The trained parameters' gradient where it is now: (their place in `flat`, gradient), decayed ones first."""
@@ -124,9 +122,13 @@ class Arena:
     def put_product(self, target: tuple[Tensor, Tensor], dy: Tensor, x: Tensor) -> None:
         """target (+)= dy^T x."""
         if self.fresh:
-            _, self.squares[target[0].storage_offset()] = gradient(dy, x, out=target[0])
+            gradient(dy, x, target[0], self.square(target[0].storage_offset()))
         else:
-            target[1].add_(gradient(dy, x)[0])
+            target[1].add_(gradient(dy, x))
+
+    def square(self, place: int) -> Tensor | None:
+        """Where the sum of the squares of the product at `place` goes: optim.py reads those of packed matrices."""
+        return self.squares[list(self.packed).index(place)] if place in self.packed else None
 
     def _versions(self) -> int:
         return sum(p._version for p in self.params)
@@ -150,59 +152,6 @@ class Arena:
             self.sync(copied=True)
 
 
-class Draw:
-    """Dropout masks, 0 or 1, from torch's generator, or, with the kernels, from a counter that it seeds.
-
-    One int64 draw makes eight decisions, where `bernoulli_` makes one. A byte alone would round p to 1/256,
-    so each column's threshold is itself drawn between the two neighbours: every element is dropped with
-    probability p (to 1/65536), and two elements of a column are correlated by less than 1e-4. With several
-    processes each draws the masks of the whole global batch and keeps its own rows, so that the result
-    doesn't depend on their number (the batches must be padded to one length).
-    """
-
-    def __init__(self, training: bool, rows: int = 1, first: int = 0, whole: int | None = None) -> None:
-        """For `rows` rows of a batch of `whole`, from the one at `first` on."""
-        self.training, self.rows, self.first, self.whole = training, rows, first, whole or rows
-
-    def __call__(self, shape: tuple[int, ...], p: float, like: Tensor, groups: int = 1) -> Tensor | None:
-        """0/1 mask of `shape` in `like`'s dtype, whose first dimension (within each of `groups`) is the batch's."""
-        bits, limit, _ = self.dropout(shape, p, like.device, groups)
-        if bits is None:
-            return None
-        return torch.ge(bits, limit[: shape[-1]], out=torch.empty(shape, dtype=like.dtype, device=like.device))
-
-    def dropout(self, shape: tuple[int, ...], p: float, device: torch.device, groups: int = 1) -> Dropout:
-        """The same as random bytes of `shape` and limits [shape[-1] + 16]: what is below its column's limit is dropped.
-
-        16 more than columns, since the kernels look at whole vectors.
-        """
-        if not self.training or p == 0:
-            return None, None, 1.0
-        per_row, low = math.prod(shape) // (groups * self.rows), math.floor(p * 256)
-        threshold, columns, n = round((p * 256 - low) * 65536) - 32768, shape[-1] + 16, groups * self.whole * per_row
-        if device.type == "cpu" and kernels.library():
-            bits, limit = torch.empty(-(-n // 8) * 8 + 16, dtype=torch.int8), torch.empty(columns, dtype=torch.int8)
-            kernels.call("draw", torch.float32, _seed(), len(bits), bits, columns, threshold, low - 128, limit)
-        else:
-            coin = _bits(2 * columns, device).view(torch.int16)[:columns]
-            limit, bits = (coin < threshold).to(torch.int8).add_(low - 128), _bits(n, device)
-        if self.whole == self.rows:
-            return bits[:n].view(shape), limit, 1 / (1 - p)
-        mine = bits[:n].view(groups, self.whole, per_row)[:, self.first : self.first + self.rows]
-        bits = torch.nn.functional.pad(mine.reshape(-1), (0, 16))  # the kernels look at whole vectors here too
-        return bits[: mine.numel()].view(shape), limit, 1 / (1 - p)
-
-
-def _seed() -> int:
-    """From torch's generator."""
-    return int(torch.empty((), dtype=torch.int64).random_(-(2**63), None))
-
-
-def _bits(size: int, device: torch.device) -> Tensor:
-    """At least `size` uniform bytes, as int8."""
-    return torch.empty(-(-size // 8), dtype=torch.int64, device=device).random_(-(2**63), None).view(torch.int8)
-
-
 class Linear:
     """One or more nn.Linear modules reading the same input, as one product."""
 
@@ -224,7 +173,7 @@ class Linear:
 
     def buffer(self, n: int) -> tuple[Tensor, Tensor]:
         """What `forward` takes, and the part of it [n, in] the caller fills."""
-        x = self.weight.new_empty(n, self.weight.shape[1])
+        x = empty(n, self.weight.shape[1], dtype=self.weight.dtype, device=self.weight.device)
         return x, x
 
     def forward(self, x: Tensor, draw: Draw, bias: bool = True) -> tuple[Tensor, tuple]:
@@ -311,7 +260,7 @@ class LoraLinear(Linear):
 
     def put_up(self, h: Tensor, dy: Tensor) -> None:
         """The gradients of the matrices B. h: [N, G r] and columns of no account, dy: [N, out]."""
-        dup, _ = gradient(h, dy)  # [G r, out], of which the blocks count
+        dup = gradient(h, dy)  # [G r, out], of which the blocks count
         for g, rows, columns in self.slots():
             self.arena.put_matrix(self.dup[g], dup[columns, rows].t() * self.scaling[g])
 

@@ -224,11 +224,10 @@ class FastAdamW(torch.optim.Optimizer):
     def step(self, closure=None) -> Tensor:
         if not self.compiled:
             self.arena.widen()
-        pieces, known = list(self.arena.pieces()), self.arena.squares
-        square = sum(
-            square_sum(part, self.compiled) if known.get(at.start) is None else torch.tensor(known[at.start])
-            for at, part, _ in pieces
-        )
+        pieces, summed = list(self.arena.pieces()), not self.arena.widened
+        square = sum(square_sum(part, self.compiled) for _, part, matrix in pieces if matrix is None or not summed)
+        if summed:
+            square = square + self.arena.squares.sum().float()
         if self.lazy:
             rows, grad = self._table_grad()
             square = square + square_sum(grad.view(-1), self.compiled)

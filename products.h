@@ -184,9 +184,10 @@ static void pack_weight(i64 out, i64 in, i64 first, const bf16* w, bf16* forward
 }
 
 // dw [out, in] = dy^T x; dy [n, out] and x [n, in] have rows ldy and ldx apart. out and in: multiples of 32.
-// Each thread packs its part of the wider operand for itself, and its share of the other one for all. Returns the sum
-// of the squares, before they are rounded: for the norm of the whole gradient, which would read all of it again.
-static double gradient(i64 n, i64 out, i64 in, const bf16* dy, i64 ldy, const bf16* x, i64 ldx, bf16* dw) {
+// Each thread packs its part of the wider operand for itself, and its share of the other one for all. Leaves the sum of
+// the squares, before they are rounded: for the norm of the whole gradient, which would read all of it again.
+static void gradient(i64 n, i64 out, i64 in, const bf16* dy, i64 ldy, const bf16* x, i64 ldx, bf16* dw,
+                     double* square_sum) {
     const i64 deep = (n + DEEP - 1) / DEEP * DEEP;
     const bool tall = out >= in;
     static thread_local Tiles space;  // kept: fresh memory would be zeroed at every call
@@ -227,12 +228,12 @@ static double gradient(i64 n, i64 out, i64 in, const bf16* dy, i64 ldy, const bf
             }
         _tile_release();
     }
-    return std::accumulate(squares.begin(), squares.end(), 0.0);
+    if (square_sum) *square_sum = std::accumulate(squares.begin(), squares.end(), 0.0);
 }
 #else
 static bool tiles_allowed() { return false; }
 static void pack_rows(i64, i64, i64, i64, const bf16*, bf16*, bf16*) {}
 static void multiply(i64, i64, i64, const bf16*, i64, const bf16*, bf16*, i64) {}
 static void pack_weight(i64, i64, i64, const bf16*, bf16*, bf16*) {}
-static double gradient(i64, i64, i64, const bf16*, i64, const bf16*, i64, bf16*) { return 0; }
+static void gradient(i64, i64, i64, const bf16*, i64, const bf16*, i64, bf16*, double*) {}
 #endif

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import kernels
+from tape import empty
 
 
 def tiled(*tensors: Tensor) -> bool:
@@ -56,7 +57,7 @@ class TiledMatrix(Matrix):
 
     @staticmethod
     def _multiply(x: Tensor, columns: int, packed: Tensor) -> Tensor:
-        y = x.new_empty(len(x), columns)
+        y = empty(len(x), columns, dtype=x.dtype)
         kernels.call("multiply", x.dtype, len(x), columns, x.shape[1], x, x.stride(0), packed, y, columns)
         return y
 
@@ -70,11 +71,13 @@ def matrix(w: Tensor) -> Matrix:
     return TiledMatrix(w) if packs(w) else Matrix(w)
 
 
-def gradient(dy: Tensor, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, float | None]:
-    """dy^T x: [N, out] and [N, in] -> [out, in], and, on tiles, the sum of its squares."""
+def gradient(dy: Tensor, x: Tensor, out: Tensor | None = None, square: Tensor | None = None) -> Tensor:
+    """dy^T x: [N, out] and [N, in] -> [out, in]; the sum of its squares goes to `square`, float64."""
     if not tiled(dy, x):
-        return torch.mm(dy.t(), x, out=out), None
-    out = dy.new_empty(dy.shape[1], x.shape[1]) if out is None else out
-    return out, kernels.call(
-        "gradient", dy.dtype, *dy.shape, x.shape[1], dy, dy.stride(0), x, x.stride(0), out
-    )  # fmt: skip
+        out = torch.mm(dy.t(), x, out=out)
+        if square is not None:
+            square.copy_(out.double().square().sum())
+        return out
+    out = empty(dy.shape[1], x.shape[1], dtype=dy.dtype) if out is None else out
+    kernels.call("gradient", dy.dtype, *dy.shape, x.shape[1], dy, dy.stride(0), x, x.stride(0), out, square)
+    return out

@@ -14,8 +14,8 @@ from transformers import (
     DistilBertForSequenceClassification,
 )
 
+from dropout import Draw
 from fast import FastClassifier, supports
-from linear import Draw
 from optim import FastAdamW
 
 pytestmark = pytest.mark.usefixtures("both_arithmetics")

@@ -51,7 +51,7 @@ def test_random_bytes_are_uniform_and_unlike_for_other_seeds():
     for seed in (0, 1, 2**40, -(2**62)):
         found = torch.empty(1_000_000, dtype=torch.int8)
         limit = torch.empty(16, dtype=torch.int8)
-        kernels.call("draw", torch.float32, seed, len(found), found, len(limit), 0, 0, limit)
+        kernels.call("draw", torch.float32, torch.tensor(seed), len(found), found, len(limit), 0, 0, limit)
         draws.append(found.float())
         for part in (found, found[::4], found[3::4]):  # each byte of a word too
             assert stats.chisquare(torch.bincount(part.long() + 128, minlength=256).numpy()).pvalue > 1e-4

@@ -1,0 +1,110 @@
+"""Recorded passes: the same bits as passes computed anew."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_fast import adapted, batch, tiny
+from torch import Tensor
+
+import kernels
+from dropout import random_seeds
+from fast import FastClassifier, Replay
+from optim import FastAdamW
+from tape import Workspace
+
+pytestmark = pytest.mark.skipif(not kernels.tiles(), reason="no tile registers or no compiler")
+
+SHAPES = ((6, 9), (4, 20), (6, 9), (2, 3), (4, 20), (6, 9))
+
+
+def full() -> torch.nn.Module:
+    return tiny(0.1, layers=3, dim=32)
+
+
+def lora() -> torch.nn.Module:
+    return adapted(full(), lora_dropout=0.1)
+
+
+def last_layer() -> torch.nn.Module:
+    return adapted(full(), lora_dropout=0.1, layers_to_transform=[2], layers_pattern="layer")
+
+
+def steps(model: torch.nn.Module, replays: bool, parts: int = 1, prefix: int = 0) -> tuple[list[float], Tensor]:
+    """Losses and weights of a few steps on batches of returning shapes."""
+    torch.manual_seed(1)
+    model = copy.deepcopy(model).train()
+    fast = FastClassifier(model, "bf16", prefix)
+    assert fast.tiled
+    fast.tiled = replays
+    optimizer, losses = FastAdamW(fast, lr=1e-2), []
+    for step, (b, length) in enumerate(SHAPES):
+        optimizer.zero_grad()
+        for part in range(parts):
+            ids, lengths, labels = batch(10 * step + part, b, length)
+            loss = F.cross_entropy(fast(ids, lengths), labels)
+            loss.backward()
+            losses.append(loss.item())
+        optimizer.step()
+    optimizer.flush()
+    assert len(fast.replays) == (len(set(SHAPES)) if replays else 0)
+    return losses, torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize(("make", "prefix"), [(full, 0), (lora, 0), (last_layer, 0), (last_layer, 2)])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_replay_gives_the_bits_of_computing_anew(make: Callable, prefix: int, parts: int):
+    (replayed, weights), (computed, expected) = (steps(make(), replays, parts, prefix) for replays in (True, False))
+    assert replayed == computed and torch.equal(weights, expected)
+    assert len(set(replayed)) == len(replayed)
+
+
+def test_a_pass_begun_before_another_has_ended_keeps_its_numbers():
+    fast = FastClassifier(tiny(dim=32), "bf16")
+    ids, lengths, labels = batch()
+    others = ids.flip(0)
+
+    def gradients(*losses: Callable[[], Tensor]) -> list[Tensor]:
+        """Of each loss, where all are computed before the first goes back."""
+        found = []
+        for loss in [loss() for loss in losses]:
+            fast.arena.reset_grad()
+            loss.backward()
+            found.append(fast.arena.half.clone())
+        return found
+
+    def one() -> Tensor:
+        return F.cross_entropy(fast(ids, lengths), labels)
+
+    def other() -> Tensor:
+        return F.cross_entropy(fast(others, lengths), labels)
+
+    expected = gradients(one) + gradients(other)
+    assert not torch.equal(*expected)
+    for found in (gradients(one, other), gradients(one, other)):
+        assert all(map(torch.equal, found, expected))
+    one()  # dropped: nothing goes back
+    assert fast.pending() is None and torch.equal(gradients(other)[0], expected[1])
+
+
+def test_seeds_drawn_together_are_those_drawn_one_by_one():
+    torch.manual_seed(3)
+    together = random_seeds(torch.empty(Replay.SEEDS, 1, dtype=torch.int64))
+    torch.manual_seed(3)
+    assert torch.equal(together, torch.stack([random_seeds(torch.empty(1, dtype=torch.int64)) for _ in together]))
+
+
+def test_a_workspace_hands_out_the_same_memory_again_and_never_moves():
+    space = Workspace()
+    sizes = [(3, 5), (1000, 1000), (7,), (1500, 1000), (64,)]
+    first = [space.empty(size, torch.float32) for size in sizes]
+    for i, part in enumerate(first):
+        part.fill_(i)
+    assert [part.unique().tolist() for part in first] == [[i] for i in range(len(sizes))]  # none overlaps another
+    assert all(part.data_ptr() % 64 == 0 for part in first)
+    for _ in range(2):
+        space.rewind()
+        assert [space.empty(size, torch.float32).data_ptr() for size in sizes] == [p.data_ptr() for p in first]
+        space.empty((2000, 2000), torch.float32)

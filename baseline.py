@@ -3,7 +3,9 @@
 import hashlib
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,13 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 from torch import Tensor, nn
 
+import fast
 import models
 import packaged
 import runs
 from config import TrainConfig
 from data import Batch, TokenSplit, sorted_batches
-from device import PeakMemory
+from device import PeakMemory, tokens_at_once
 from metrics import score_with_intervals
 from progress import progress_bar
 
@@ -38,7 +41,7 @@ def run_baseline(config: TrainConfig, source: models.ModelSource) -> Path:
     memory, started = PeakMemory(job.accelerator.device), time.perf_counter()
     features, labels = {}, {name: split.labels for name, split in job.splits.items()}
     for name in job.splits:
-        content = f"{job.splits[name].key}|{record['model']['fingerprint']}|{job.arithmetic}"
+        content = f"{job.splits[name].key}|{record['model']['fingerprint']}|{job.arithmetic}|fast"
         content += "" if record["pooling"] == "cls" else "|mean"
         features[name] = cached_embeddings(job, name, content, record["pooling"])
     classifier, best_c = fit(features, labels, config.seed, config.class_weights)
@@ -80,7 +83,7 @@ def cached_embeddings(job: runs.Job, name: str, content: str, pooling: str) -> n
     if file.exists():
         return np.load(file, mmap_mode="r")
     device = job.accelerator.device
-    found = embeddings(job.model.base_model, job.splits[name], device, job.precision, pooling, name)
+    found = embeddings(job.model, job.splits[name], device, job.precision, pooling, name)
     file.parent.mkdir(parents=True, exist_ok=True)
     with packaged.made_whole(file) as scratch, scratch.open("wb") as handle:
         np.save(handle, found)
@@ -89,22 +92,29 @@ def cached_embeddings(job: runs.Job, name: str, content: str, pooling: str) -> n
 
 @torch.inference_mode()
 def embeddings(
-    encoder: nn.Module,
+    model: nn.Module,
     split: TokenSplit,
     device: torch.device,
     precision: str,
     pooling: str = "cls",
     name: str = "",
 ) -> np.ndarray:
-    """[n, width] fp32: `pooled_states` of every row of `split`, in the order of the rows."""
-    encoder = encoder.to(device).eval()
-    found = np.empty((len(split), encoder.config.hidden_size), np.float32)
+    """[n, width] fp32: what `state_reader` makes of every row of `split`, in the order of the rows."""
+    read = state_reader(model.to(device).eval(), precision, pooling)
+    found = np.empty((len(split), model.config.hidden_size), np.float32)
     with progress_bar(len(split), f"embedding {name}") as bar:
-        for indices in sorted_batches(split.lengths, BATCH_SIZE):
-            batch = split.batch(indices).to(device)
-            found[indices] = pooled_states(encoder, batch, precision, pooling).cpu().numpy()
+        for indices in sorted_batches(split.lengths, BATCH_SIZE, tokens_at_once(device)):
+            found[indices] = read(split.batch(indices).to(device)).cpu().numpy()
             bar.update(len(indices))
     return found
+
+
+def state_reader(model: nn.Module, precision: str, pooling: str) -> Callable[[Batch], Tensor]:
+    """batch -> [B, width] fp32: `pooled_states`, on the fast path where it can run this model."""
+    if pooling == "cls" and fast.supports(model) is None:
+        classifier = fast.FastClassifier(model, precision)
+        return lambda batch: classifier.states(batch.input_ids, batch.lengths)
+    return partial(pooled_states, model.base_model, precision=precision, pooling=pooling)
 
 
 def pooled_states(encoder: nn.Module, batch: Batch, precision: str, pooling: str) -> Tensor:

@@ -302,7 +302,7 @@ def epoch_steps(
         yield batches[start : start + accumulation]
 
 
-def sorted_batches(lengths: np.ndarray, batch_size: int, most_tokens: int = 8192) -> Iterator[np.ndarray]:
+def sorted_batches(lengths: np.ndarray, batch_size: int, most_tokens: int) -> Iterator[np.ndarray]:
     """Every row once, longest first (so that memory runs out at once or never), in batches of like length.
 
     A batch has `batch_size` rows, fewer where they are so long that `most_tokens` would be exceeded.

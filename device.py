@@ -66,6 +66,14 @@ def arithmetic(device: torch.device, precision: str) -> str:
     return "|".join([precision, device.type, torch.__version__, *by])
 
 
+def tokens_at_once(device: torch.device) -> int:
+    """How many tokens a batch without backward should have at most.
+
+    cpu: what a layer makes of so many stays in the caches (1,066 texts of 27 tokens: 0.74 s, in batches of 64 1.04 s).
+    """
+    return 1024 if device.type == "cpu" else 8192
+
+
 def device_name(device: torch.device) -> str:
     """cuda: the card's name; cpu: the processor's, as the system gives it, and the number of threads."""
     if device.type == "cuda":

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fast
 from data import Batch, TokenSplit, sorted_batches
+from device import tokens_at_once
 from models import encoder_blocks, whole
 from optim import FastAdamW
 
@@ -191,7 +192,7 @@ def predict_probabilities(engine: Engine, split: TokenSplit, accelerator: Accele
     engine.model.eval()
     engine.settle()
     world = accelerator.num_processes
-    parts, batches = [], list(sorted_batches(split.lengths, EVAL_BATCH_SIZE))
+    parts, batches = [], list(sorted_batches(split.lengths, EVAL_BATCH_SIZE, tokens_at_once(accelerator.device)))
     for number in range(accelerator.process_index, -(-len(batches) // world) * world, world):
         indices = batches[min(number, len(batches) - 1)]  # in a last, short round all take part, for FSDP's sake
         logits = engine.forward(split.batch(indices).to(accelerator.device))

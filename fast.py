@@ -111,10 +111,11 @@ class Replay:
     """
 
     SEEDS = 512  # dropout masks of one pass at most
+    MOST = 512  # recordings that are kept, of 10 to 40 kB each; other shapes are computed without
 
-    def __init__(self, fast: "FastClassifier", b: int, length: int, first: int, training: bool):
+    def __init__(self, fast: "FastClassifier", b: int, length: int, first: int, training: bool, save: bool):
         self.fast, self.shape, self.first = fast, Shape(b, length, torch.empty(b, dtype=torch.int64)), first
-        self.draw = Draw(training, b, seeds=fast.seeds)
+        self.draw, self.save = Draw(training, b, seeds=fast.seeds), save
         self.tape, self.tape_back = None, None
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
@@ -127,7 +128,8 @@ class Replay:
         tape = Tape()
         with within(self.fast.spaces[0]), tape.recording():
             self.x, self.dy = empty(*x.shape).copy_(x), empty(self.shape.b, x.shape[1])
-            self.cls, self.layers = self.fast._forward(self.x, self.shape, self.first, self.draw)
+            spaces = None if self.save else self.fast.spaces[1:]
+            self.cls, self.layers = self.fast._forward(self.x, self.shape, self.first, self.draw, spaces)
         self.tape = tape
         return self.cls.clone()
 
@@ -192,8 +194,8 @@ class FastClassifier:
         self.tiled = self.compiled and all(
             isinstance(linear.matrix, TiledMatrix) for layer in self.layers for linear in layer.linears
         )
-        self.replays: dict[tuple[int, int, bool], Replay] = {}
-        self.spaces = [Workspace() for _ in range(3)]  # forward, and for every other layer backward
+        self.replays: dict[tuple[int, int, bool, bool], Replay] = {}
+        self.spaces = [Workspace() for _ in range(3)]  # for what is kept, and for every other layer's passing numbers
         self.seeds = torch.empty(Replay.SEEDS, 1, dtype=torch.int64)
         self.pending: Callable[[], Kept | None] = lambda: None  # whose memory is in use
         self.frozen_prefix = frozen_prefix
@@ -222,23 +224,34 @@ class FastClassifier:
             x = source.reshape(shape.b * shape.length, -1).float()
         kept = Kept(embedded if save and self.embedding.trained else None, [], shape)
         first = 0 if from_ids else self.frozen_prefix
-        if save and self.tiled and draw.whole == draw.rows and self.pending() is None:
-            key = shape.b, shape.length, draw.training
-            if key not in self.replays:
-                self.replays[key] = Replay(self, shape.b, shape.length, first, draw.training)
-            kept.replay = self.replays[key]
-            self.pending = weakref.ref(kept)
-            return kept.replay.forward(x, shape.lengths), kept
+        if replay := self._replay(shape, first, draw, save):
+            kept.replay, self.pending = replay, weakref.ref(kept)
+            return replay.forward(x, shape.lengths), kept
         cls, layers = self._forward(x, shape, first, draw)
         kept.layers = layers if save else []
         return cls, kept
 
-    def _forward(self, x: Tensor, shape: Shape, first: int, draw: Draw) -> tuple[Tensor, list]:
-        """The layers from `first` on: [N, D] -> CLS state [B, D] and what their backward needs."""
+    def _replay(self, shape: Shape, first: int, draw: Draw, save: bool) -> Replay | None:
+        """The recording for this pass, where it can be one, and no pass before still needs the memory."""
+        if not self.tiled or draw.whole != draw.rows or self.pending() is not None:
+            return None
+        key = shape.b, shape.length, draw.training, save
+        if key not in self.replays and len(self.replays) < Replay.MOST:
+            self.replays[key] = Replay(self, shape.b, shape.length, first, draw.training, save)
+        return self.replays.get(key)
+
+    def _forward(
+        self, x: Tensor, shape: Shape, first: int, draw: Draw, spaces: list[Workspace] | None = None
+    ) -> tuple[Tensor, list]:
+        """The layers from `first` on: [N, D] -> CLS state [B, D] and what their backward needs.
+
+        spaces: the layers' memory, in turns, where there is no backward.
+        """
         stream, layers = (x, None), []
         for i, layer in enumerate(self.layers[first:], first):
-            stream, kept = layer.forward(stream, shape, draw)
-            layers.append(kept if i >= self.first else None)
+            with within(spaces[i % 2]) if spaces else nullcontext():
+                stream, kept = layer.forward(stream, shape, draw)
+            layers.append(kept if i >= self.first and not spaces else None)
         return stream[0], layers
 
     def _run_backward(self, dy: Tensor, kept: Kept) -> None:
@@ -286,6 +299,12 @@ class FastClassifier:
     def suffix(self, hidden: Tensor, lengths: Tensor, first: int = 0, whole: int | None = None) -> Tensor:
         """`prefix`'s output [B, L, D] -> logits [B, C]."""
         return self._logits(hidden, lengths, False, Draw(self.model.training, len(hidden), first, whole))
+
+    def states(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """ids [B, L] -> state of the last layer at CLS [B, D] fp32, as in evaluation."""
+        with torch.inference_mode():
+            self.arena.sync_if_changed()
+            return self._run(ids, self._shape(lengths, *ids.shape), True, Draw(False), save=False)[0]
 
     def __call__(self, ids: Tensor, lengths: Tensor, first: int = 0, whole: int | None = None) -> Tensor:
         """Where processes share a batch of `whole` rows, `ids` are the rows from `first` on: see Draw."""

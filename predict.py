@@ -21,10 +21,10 @@ from torch import Tensor, nn
 import fast
 import hub
 import models
-from baseline import pooled_states
+from baseline import state_reader
 from config import TrainConfig, UserError
 from data import Batch, TokenSplit, sorted_batches
-from device import open_device
+from device import open_device, tokens_at_once
 from engine import plain_logits
 from progress import progress_bar
 from streams import Answers, open_input, open_output
@@ -103,20 +103,20 @@ class Predictor:
     def _forward(self, precision: str) -> Forward:
         """How a batch is computed: a baseline by its linear map, the rest on the fast path where it can run it."""
         if self.saved.record["method"] == "baseline":
-            return self._baseline(self.model.base_model, precision)
+            return self._baseline(precision)
         if fast.supports(self.model) is None:
             classifier = fast.FastClassifier(self.model, precision)
             return lambda batch: classifier(batch.input_ids, batch.lengths)
         return lambda batch: plain_logits(self.model, batch, precision)
 
-    def _baseline(self, encoder: nn.Module, precision: str) -> Forward:
+    def _baseline(self, precision: str) -> Forward:
         try:
             layer = load_file(self.saved.folder / "linear.safetensors")
             weight, bias = (torch.tensor(layer[name], dtype=torch.float64) for name in ("weight", "bias"))
         except Exception as error:  # safetensors raises its own kinds
             raise self.saved.error(f"its model/linear.safetensors cannot be read: {error}") from error
-        pooling = self.saved.record.get("pooling", "cls")
-        return lambda batch: pooled_states(encoder, batch, precision, pooling).cpu().double() @ weight.T + bias
+        read = state_reader(self.model, precision, self.saved.record.get("pooling", "cls"))
+        return lambda batch: read(batch).cpu().double() @ weight.T + bias
 
     def __call__(self, texts: list[str]) -> np.ndarray:
         """[n, classes] float64, in the order of the texts. Rows that bf16 leaves open are computed in fp32."""
@@ -136,7 +136,7 @@ class Predictor:
     @torch.inference_mode()
     def _logits(self, forward: Forward, split: TokenSplit, rows: np.ndarray) -> np.ndarray:
         found = np.empty((len(rows), len(self.saved.label_names)))
-        for places in sorted_batches(split.lengths[rows], BATCH_SIZE):
+        for places in sorted_batches(split.lengths[rows], BATCH_SIZE, tokens_at_once(self.device)):
             found[places] = forward(split.batch(rows[places]).to(self.device)).double().cpu().numpy()
         return found
 

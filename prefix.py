@@ -18,6 +18,7 @@ from torch import Tensor
 import packaged
 from config import UserError
 from data import TokenSplit, sorted_batches
+from device import tokens_at_once
 from progress import progress_bar
 
 BATCH_SIZE = 64
@@ -83,7 +84,7 @@ def _fill(
     starts = np.concatenate([[0], np.cumsum(split.lengths, dtype=np.int64)])
     bar = progress_bar(len(split), f"frozen layers, {name}")
     with bar, packaged.made_whole(path) as scratch, scratch.open("wb") as file:
-        for indices in sorted_batches(split.lengths, BATCH_SIZE):
+        for indices in sorted_batches(split.lengths, BATCH_SIZE, tokens_at_once(device)):
             batch = split.batch(indices).to(device)
             hidden = prefix(batch.input_ids, batch.lengths).cpu()  # [B, L, D]
             for row, index in enumerate(indices):

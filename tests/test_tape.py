@@ -33,7 +33,7 @@ def last_layer() -> torch.nn.Module:
 
 
 def steps(model: torch.nn.Module, replays: bool, parts: int = 1, prefix: int = 0) -> tuple[list[float], Tensor]:
-    """Losses and weights of a few steps on batches of returning shapes."""
+    """Losses of a few steps on batches of returning shapes, weights after them, and what these make of the batches."""
     torch.manual_seed(1)
     model = copy.deepcopy(model).train()
     fast = FastClassifier(model, "bf16", prefix)
@@ -49,13 +49,17 @@ def steps(model: torch.nn.Module, replays: bool, parts: int = 1, prefix: int = 0
             losses.append(loss.item())
         optimizer.step()
     optimizer.flush()
-    assert len(fast.replays) == (len(set(SHAPES)) if replays else 0)
-    return losses, torch.cat([p.detach().flatten() for p in model.parameters()])
+    model.eval()
+    with torch.inference_mode():
+        logits = [fast(*batch(step, b, length)[:2]) for step, (b, length) in enumerate(SHAPES)]
+    assert len(fast.replays) == (min(2 * len(set(SHAPES)), Replay.MOST) if replays else 0)
+    return losses, torch.cat([p.detach().flatten() for p in model.parameters()] + [x.flatten() for x in logits])
 
 
 @pytest.mark.parametrize(("make", "prefix"), [(full, 0), (lora, 0), (last_layer, 0), (last_layer, 2)])
-@pytest.mark.parametrize("parts", [1, 2])
-def test_a_replay_gives_the_bits_of_computing_anew(make: Callable, prefix: int, parts: int):
+@pytest.mark.parametrize(("parts", "most"), [(1, 512), (2, 512), (1, 2)])
+def test_a_replay_gives_the_bits_of_computing_anew(make: Callable, prefix: int, parts: int, most: int, monkeypatch):
+    monkeypatch.setattr(Replay, "MOST", most)
     (replayed, weights), (computed, expected) = (steps(make(), replays, parts, prefix) for replays in (True, False))
     assert replayed == computed and torch.equal(weights, expected)
     assert len(set(replayed)) == len(replayed)

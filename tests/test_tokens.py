@@ -101,7 +101,7 @@ LENGTHS = np.random.default_rng(0).integers(3, 60, 2500).astype(np.int32)
     ("n", "size"), [(2500, 16), (1, 16), (16, 16), (17, 16), (1024, 16), (1025, 16), (50, 1), (7, 100)]
 )
 def test_every_row_is_in_one_batch(n, size):
-    for batches in (epoch_batches(LENGTHS[:n], size, 3, 1), list(sorted_batches(LENGTHS[:n], size))):
+    for batches in (epoch_batches(LENGTHS[:n], size, 3, 1), list(sorted_batches(LENGTHS[:n], size, 8192))):
         assert sorted(np.concatenate(batches)) == list(range(n))
         sizes = sorted((len(batch) for batch in batches), reverse=True)
         assert sizes == [size] * (n // size) + ([n % size] if n % size else [])
@@ -131,5 +131,5 @@ def test_batches_are_of_like_length_in_random_order():
     padded = sum(longest[i] * len(batch) for i, batch in enumerate(batches))
     assert padded / LENGTHS.sum() < 1.1  # random batches: about 1.8
     assert abs(np.corrcoef(longest, np.arange(len(longest)))[0, 1]) < 0.3
-    ordered = [LENGTHS[batch].max() for batch in sorted_batches(LENGTHS, 16)]
+    ordered = [LENGTHS[batch].max() for batch in sorted_batches(LENGTHS, 16, 8192)]
     assert ordered == sorted(ordered, reverse=True)

@@ -40,9 +40,8 @@ struct AdamW {
 };
 
 template <class T>
-static void adamw(i64 n, float* p, const T* g, float* m, float* v, bf16* copy, float scale, float lr, float beta1,
-                  float beta2, float eps, float decay, float correction1, float root_correction2) {
-    const AdamW rule = {scale, lr, beta1, beta2, eps, decay, correction1, root_correction2};
+static void adamw(i64 n, float* p, const T* g, float* m, float* v, bf16* copy, const AdamW* by) {
+    const AdamW rule = *by;
     const i64 block = 8192;
 #pragma omp parallel for schedule(static)
     for (i64 i = 0; i < n; i += block)
@@ -52,9 +51,8 @@ static void adamw(i64 n, float* p, const T* g, float* m, float* v, bf16* copy, f
 // The same of a matrix [out, in] of which only the packed copies are needed.
 template <class T>
 static void adamw_packed(i64 out, i64 in, float* p, const T* g, float* m, float* v, bf16* forward, bf16* backward,
-                         float scale, float lr, float beta1, float beta2, float eps, float decay, float correction1,
-                         float root_correction2) {
-    const AdamW rule = {scale, lr, beta1, beta2, eps, decay, correction1, root_correction2};
+                         const AdamW* by) {
+    const AdamW rule = *by;
     const i64 block = 32 * in;
 #pragma omp parallel
     {
@@ -69,10 +67,8 @@ static void adamw_packed(i64 out, i64 in, float* p, const T* g, float* m, float*
 }
 
 // Of the rows of p, m and v [., d] named by `rows` [n], for the gradients g [n, d].
-static void adamw_rows(i64 n, i64 d, const i64* rows, float* p, const float* g, float* m, float* v, float scale,
-                       float lr, float beta1, float beta2, float eps, float decay, float correction1,
-                       float root_correction2) {
-    const AdamW rule = {scale, lr, beta1, beta2, eps, decay, correction1, root_correction2};
+static void adamw_rows(i64 n, i64 d, const i64* rows, float* p, const float* g, float* m, float* v, const AdamW* by) {
+    const AdamW rule = *by;
 #pragma omp parallel for schedule(static)
     for (i64 i = 0; i < n; i++) {
         const i64 at = rows[i] * d;

@@ -140,6 +140,10 @@ class Arena:
             self.pack()
         for listener in self.listeners:
             listener()
+        self.settle()
+
+    def settle(self) -> None:
+        """The parameters are what `compute` was made of."""
         self.versions = self._versions()
 
     def sync_if_changed(self) -> None:

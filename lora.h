@@ -31,18 +31,6 @@ static inline void pack_skinny(const bf16* from, i64 ld, i64 rows, i64 count, bf
     pack_tiles(padded, DEEP, DEEP, to, nothing);
 }
 
-// out [16, 16] = a b, both as tiles down the inner dimension.
-static inline void skinny(i64 deep, const bf16* a, const bf16* b, float* out) {
-    settle();
-    _tile_zero(0);
-    for (i64 p = 0; p < deep; p++) {
-        _tile_loadd(4, a + p * TILE, 64);
-        _tile_loadd(6, b + p * TILE, 64);
-        _tile_dpbf16ps(0, 4, 6);
-    }
-    _tile_stored(0, out, 64);
-}
-
 // The way down: h [n, G r] = dropout(x) A^T, and zeros in the `padding` columns behind.
 static void lora_down_tiles(i64 n, i64 in, i64 r, i64 groups, const bf16* x, i64 ldx, const bf16* A, const int8_t* bits,
                             const int8_t* limit, float scale, bf16* h, i64 ldh, i64 padding) {
@@ -80,7 +68,7 @@ static void lora_down_tiles(i64 n, i64 in, i64 r, i64 groups, const bf16* x, i64
             for (i64 i = 0; i < rows; i++)
                 for (i64 j = 0; j < padding; j++) store(h[(first + i) * ldh + groups * r + j], 0.0f);
         }
-        _tile_release();
+        release_tiles();
     }
 }
 
@@ -117,7 +105,7 @@ static void lora_up_gradient(i64 n, i64 out, i64 r, i64 groups, const i64* offse
                             store(to[i * r + j], sums[i * ROWS + j] * factors[g]);
                 }
         }
-        _tile_release();
+        release_tiles();
     }
 }
 
@@ -149,7 +137,7 @@ static void lora_dx(i64 n, i64 in, i64 r, i64 groups, const bf16* A, const Dropo
             for (i64 c = 0; c < columns; c++) {
                 for (i64 g = 0; g < groups; g++) {
                     const bf16* up = right.at((g * columns + c) * deep * 2);
-                    block<true, false>(deep * DEEP, left.at(g * deep), 0, up, sums[g]);
+                    block<true>(ROWS, deep * DEEP, left.at(g * deep), 0, up, sums[g]);
                 }
                 for (i64 i = 0; i < rows; i++) {
                     const __m512i through = _mm512_loadu_si512(base + (first + i) * ldb + c * 32);
@@ -165,7 +153,7 @@ static void lora_dx(i64 n, i64 in, i64 r, i64 groups, const bf16* A, const Dropo
                 }
             }
         }
-        _tile_release();
+        release_tiles();
     }
 }
 
@@ -198,13 +186,13 @@ static void lora_down_gradient(i64 n, i64 in, i64 r, i64 groups, const bf16* x, 
                     pack_tiles(masked, DEEP, rows, right.at(p), right.at(deep + p));
                 }
                 for (i64 c = 0; c < down; c++) {
-                    block<true, false>(deep * DEEP, left.at((g * down + c) * deep), 0, right.at(0), sums);
+                    block<true>(ROWS, deep * DEEP, left.at((g * down + c) * deep), 0, right.at(0), sums);
                     for (i64 i = 0; i < std::min(ROWS, r - c * ROWS); i++)
                         for (i64 j = 0; j < 32; j++)
                             store(dA[(g * r + c * ROWS + i) * in + column + j], sums[i * 32 + j] * drop.scale);
                 }
             }
-        _tile_release();
+        release_tiles();
     }
 }
 

@@ -12,34 +12,30 @@ import torch.distributed as dist
 from torch import Tensor
 
 import kernels
+from tape import Tape
 from tiles import TiledMatrix
 
 NODES = 5  # quadrature nodes: the skipped updates' sum to 1e-4 for a row last read at step 1, 6e-8 from step 20 on
 
 
-def kernel_rule(step: int, group: dict, scale: Tensor | None) -> tuple[float, ...]:
-    """The numbers of one update as the kernels take them."""
+def kernel_rule(step: int, group: dict, scale: Tensor | None) -> Tensor:
+    """The numbers of one update as the kernels take them: struct AdamW in adamw.h."""
     beta1, beta2 = group["betas"]
-    return (1.0 if scale is None else 1 / float(scale), group["lr"], beta1, beta2, group["eps"], group["weight_decay"],
-            1 - beta1**step, math.sqrt(1 - beta2**step))  # fmt: skip
+    return torch.tensor((1.0 if scale is None else 1 / float(scale), group["lr"], beta1, beta2, group["eps"],
+                         group["weight_decay"], 1 - beta1**step, math.sqrt(1 - beta2**step)))  # fmt: skip
 
 
-def adamw(
-    p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int, group: dict, scale: Tensor | None,
-    copy: Tensor | TiledMatrix | None = None, compiled: bool = False,
-) -> None:  # fmt: skip
-    """One AdamW update of flat fp32 tensors in place; `g` is divided by `scale` first (clipping for free).
+def compiled_adamw(p: Tensor, g: Tensor, m: Tensor, v: Tensor, rule: Tensor, copy: Tensor | TiledMatrix | None) -> None:
+    """`adamw` by the kernel, which reads `g` in fp32 or bf16 and leaves the new `p` in `copy` (bf16) as well, or
+    packed in the matrix that `p` is. rule: `kernel_rule`."""
+    if isinstance(copy, TiledMatrix):
+        kernels.call("adamw_packed", g.dtype, *copy.w.shape, p, g, m, v, copy.packed, copy.packed_back, rule)
+    else:
+        kernels.call("adamw", g.dtype, p.numel(), p, g, m, v, copy, rule)
 
-    compiled: by the kernel, which reads `g` in fp32 or bf16 and leaves the new `p` in `copy` (bf16) as well, or
-    packed in the matrix that `p` is.
-    """
-    if compiled:
-        rule = kernel_rule(step, group, scale)
-        if isinstance(copy, TiledMatrix):
-            kernels.call("adamw_packed", g.dtype, *copy.w.shape, p, g, m, v, copy.packed, copy.packed_back, *rule)
-        else:
-            kernels.call("adamw", g.dtype, p.numel(), p, g, m, v, copy, *rule)
-        return
+
+def adamw(p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int, group: dict, scale: Tensor | None) -> None:
+    """One AdamW update of flat fp32 tensors in place; `g` is divided by `scale` first (clipping for free)."""
     beta1, beta2 = group["betas"]
     torch._fused_adamw_(
         [p], [g], [m], [v], [], [torch.tensor(float(step), device=p.device)],
@@ -148,7 +144,7 @@ class LazyTable:
         self.step += 1
         if self.compiled:
             kernels.call("adamw_rows", torch.float32, *grad.shape, rows, self.weight, grad, self.m, self.v,
-                         *kernel_rule(self.step, self.group, scale))  # fmt: skip
+                         kernel_rule(self.step, self.group, scale))  # fmt: skip
         else:
             p, m, v = self.weight.data[rows], self.m[rows], self.v[rows]
             adamw(p, grad, m, v, self.step, self.group, scale)
@@ -193,6 +189,8 @@ class FastAdamW(torch.optim.Optimizer):
         super().__init__([g for g in groups if g["params"]], {"lr": lr, "betas": tuple(betas), "eps": eps})
         self.m, self.v = torch.zeros_like(self.arena.grad), torch.zeros_like(self.arena.grad)
         self.steps, self.compiled = 0, fast.compiled
+        self.rules = torch.zeros(2, 8)  # of the decayed parameters and the others, where recordings find them
+        self.pieces, self.tapes = {}, {}  # by whether all of the gradient is in fp32
         self.lazy = LazyTable(fast.table, self.param_groups[0], self.compiled) if table else None
         fast.attach(self.lazy)
 
@@ -224,7 +222,10 @@ class FastAdamW(torch.optim.Optimizer):
     def step(self, closure=None) -> Tensor:
         if not self.compiled:
             self.arena.widen()
-        pieces, summed = list(self.arena.pieces()), not self.arena.widened
+        summed = not self.arena.widened
+        if summed not in self.pieces:
+            self.pieces[summed] = list(self.arena.pieces())
+        pieces = self.pieces[summed]
         square = sum(square_sum(part, self.compiled) for _, part, matrix in pieces if matrix is None or not summed)
         if summed:
             square = square + self.arena.squares.sum().float()
@@ -238,16 +239,35 @@ class FastAdamW(torch.optim.Optimizer):
         if self.max_grad_norm is not None:  # AdamW divides by `scale` as it reads: clipping costs no pass
             scale = ((norm + 1e-6) / self.max_grad_norm).clamp(min=1.0)
         self.steps += 1
-        for at, part, matrix in pieces:
-            group = self.param_groups[0 if at.stop <= self.arena.decayed_size else -1]
-            copy = matrix
-            if matrix is None and self.compiled and self.arena.compute is not self.arena.flat:
-                copy = self.arena.compute[at]
-            adamw(self.arena.flat[at], part, self.m[at], self.v[at], self.steps, group, scale, copy, self.compiled)
+        if self.compiled:
+            self._compiled_update(pieces, scale, summed)
+        else:
+            for at, part, _ in pieces:
+                group = self.param_groups[0 if at.stop <= self.arena.decayed_size else -1]
+                adamw(self.arena.flat[at], part, self.m[at], self.v[at], self.steps, group, scale)
+            self.arena.sync()
         if self.lazy:
             self.lazy.apply(rows, grad, scale)
-        self.arena.sync(copied=self.compiled)
         return norm
+
+    def _compiled_update(self, pieces: list, scale: Tensor | None, key: bool) -> None:
+        """AdamW on all pieces, and whatever follows the weights; recorded where that is done by kernels alone."""
+        for rule, group in zip(self.rules, (self.param_groups[0], self.param_groups[-1])):
+            rule.copy_(kernel_rule(self.steps, group, scale))
+        if key in self.tapes:
+            self.tapes[key].replay()
+            self.arena.settle()
+            return
+        tape = Tape()
+        with tape.recording():
+            for at, part, matrix in pieces:
+                rule, copy = self.rules[int(at.stop > self.arena.decayed_size)], matrix
+                if matrix is None and self.arena.compute is not self.arena.flat:
+                    copy = self.arena.compute[at]
+                compiled_adamw(self.arena.flat[at], part, self.m[at], self.v[at], rule, copy)
+            self.arena.sync(copied=True)
+        if self.fast.tiled:
+            self.tapes[key] = tape
 
     def flush(self) -> None:
         """Make the module's weights current (the embedding table's rows lag behind during training)."""

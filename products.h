@@ -1,6 +1,7 @@
-// Matrix products in bf16 on the processor's tile registers (AMX), where it has them: 16 x 32 by 32 x 16 in one
-// instruction, sums in float. For the shapes of a small encoder (hundreds of rows, 384 to 1536 columns) these take
-// 21 ms of a training step, the library's 34: it repacks the weights at every call and compiles code for every shape.
+// Matrix products in bf16 with sums in float, on the processor's tile registers (AMX: 16 x 32 by 32 x 16 in one
+// instruction) or else on vectors (AVX512-BF16: 16 sums of two products each). For the shapes of a small encoder
+// (hundreds of rows, 384 to 1536 columns) the library's take longer: it packs the weights at every call, compiles code
+// for every shape, and cannot be recorded (tape.py).
 //
 // A tile of the right operand holds 32 x 16 numbers as 16 rows of 16 pairs; a pair is two neighbours along the inner
 // dimension. `Packed` matrices [k, n] are such tiles, those of 16 columns one after the other down the inner dimension.
@@ -10,24 +11,46 @@
 
 #include "kernels.h"
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__linux__)
 #define TILES
+#include <new>
+#include <sys/mman.h>
+#ifdef __AMX_BF16__
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 
 static const i64 ROWS = 16, DEEP = 32, TILE = ROWS * DEEP;
+typedef int32_t pair __attribute__((may_alias, aligned(2)));  // two neighbours
 
-// Memory for tiles.
+// Memory for tiles. Much of it comes on large pages, where the system has them: small ones lie where they happen to, and
+// then compete for the same places of a cache (up to a quarter of the time of `gradient`, in one process of two).
 class Tiles {
   public:
-    explicit Tiles(i64 count = 0) { resize(count); }
-    void resize(i64 count) { space.resize(count * TILE + DEEP); }
-    bf16* at(i64 tile) { return (bf16*)((uintptr_t(space.data()) + 63) / 64 * 64) + tile * TILE; }
+    explicit Tiles(i64 count = 0) { reserve(count); }
+    ~Tiles() { std::free(space); }
+    Tiles(const Tiles&) = delete;
+    void reserve(i64 count) {
+        if (count <= room) return;
+        const i64 bytes = TILE * sizeof(bf16), large = 2 << 20, unit = count * bytes < large / 2 ? 64 : large;
+        const i64 size = (count * bytes + unit - 1) / unit * unit;
+        std::free(space);
+        space = (bf16*)std::aligned_alloc(unit, size);
+        if (!space) throw std::bad_alloc();
+        if (unit == large) madvise(space, size, MADV_HUGEPAGE);
+        room = size / bytes;
+    }
+    bf16* at(i64 tile) { return space + tile * TILE; }
 
   private:
-    std::vector<bf16> space;
+    bf16* space = nullptr;
+    i64 room = 0;
 };
 
+// What follows depends on the registers: `tiles_allowed`, `shape_tiles` before products and `release_tiles` behind them,
+// `block`: out [32, 32] = a [rows, k] b, where b are two neighbouring columns of tiles and the rows of a are lda apart,
+// or, PACKED, tiles of 16; and `skinny`: out [16, 16] = a b, both as tiles down the inner dimension.
+#ifdef __AMX_BF16__
 // Linux gives a process the registers when asked.
 static bool tiles_allowed() {
     static const bool allowed = syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
@@ -52,9 +75,8 @@ static void shape_tiles(i64 top, i64 bottom) {
     _tile_loadconfig(&shape);
 }
 
-// out [32, 32] = a [32, k] b, where b are two neighbouring columns of tiles. a: rows lda apart, or, PACKED, tiles.
 template <bool PACKED, bool BOTTOM>
-static inline void block(i64 k, const bf16* a, i64 lda, const bf16* b, float* out) {
+static inline void tile_block(i64 k, const bf16* a, i64 lda, const bf16* b, float* out) {
     const bf16 *low = a + (PACKED ? k * ROWS : ROWS * lda), *right = b + k * ROWS;
     const i64 stride = PACKED ? 64 : 2 * lda, next = PACKED ? TILE : DEEP;
     settle();
@@ -83,6 +105,63 @@ static inline void block(i64 k, const bf16* a, i64 lda, const bf16* b, float* ou
         _tile_stored(3, out + 33 * ROWS, 128);
     }
 }
+template <bool PACKED>
+static inline void block(i64 rows, i64 k, const bf16* a, i64 lda, const bf16* b, float* out) {
+    rows > ROWS ? tile_block<PACKED, true>(k, a, lda, b, out) : tile_block<PACKED, false>(k, a, lda, b, out);
+}
+
+// out [16, 16] = a b, both as tiles down the inner dimension.
+static inline void skinny(i64 deep, const bf16* a, const bf16* b, float* out) {
+    settle();
+    _tile_zero(0);
+    for (i64 p = 0; p < deep; p++) {
+        _tile_loadd(4, a + p * TILE, 64);
+        _tile_loadd(6, b + p * TILE, 64);
+        _tile_dpbf16ps(0, 4, 6);
+    }
+    _tile_stored(0, out, 64);
+}
+static inline void release_tiles() { _tile_release(); }
+#else
+static bool tiles_allowed() { return true; }
+static inline void shape_tiles(i64, i64) {}
+static inline void release_tiles() {}
+
+// out [R, 16 C] = a b: rows of a ld apart, their next 32 numbers `next` further on; columns of tiles of b `column` apart.
+template <int R, int C>
+[[gnu::noinline]] static void dots(i64 deep, const bf16* a, i64 ld, i64 next, const bf16* b, i64 column, float* out) {
+    __m512 sums[R][C] = {};
+    for (i64 p = 0; p < deep; p++, a += next, b += TILE)
+#pragma GCC unroll 4
+        for (i64 i = 0; i < ROWS; i++) {
+            __m512bh right[C];
+            for (int c = 0; c < C; c++) right[c] = (__m512bh)_mm512_load_si512(b + c * column + i * DEEP);
+            for (int r = 0; r < R; r++) {
+                const __m512bh left = (__m512bh)_mm512_set1_epi32(*(const pair*)(a + r * ld + 2 * i));
+                for (int c = 0; c < C; c++) sums[r][c] = _mm512_dpbf16_ps(sums[r][c], right[c], left);
+            }
+        }
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) _mm512_store_ps(out + (r * C + c) * ROWS, sums[r][c]);
+}
+
+template <bool PACKED>
+static inline void block(i64 rows, i64 k, const bf16* a, i64 lda, const bf16* b, float* out) {
+    const i64 ld = PACKED ? DEEP : lda, next = PACKED ? TILE : DEEP, deep = k / DEEP;
+    for (i64 half = 0; half < rows; half += ROWS, a += PACKED ? k * ROWS : ROWS * lda) {
+        i64 i = 0, count = std::min(ROWS, rows - half);
+        auto some = [&]<int R>() {
+            for (; i + R <= count; i += R) dots<R, 2>(deep, a + i * ld, ld, next, b, k * ROWS, out + (half + i) * 32);
+        };
+        some.template operator()<8>(), some.template operator()<4>();
+        some.template operator()<2>(), some.template operator()<1>();
+    }
+}
+
+static inline void skinny(i64 deep, const bf16* a, const bf16* b, float* out) {
+    dots<ROWS, 1>(deep, a, DEEP, TILE, b, 0, out);
+}
+#endif
 
 // Asks for the lines of 32 x 32 results while they are computed: most of them are not in the cache.
 static inline void await(i64 rows, const bf16* to, i64 ld) {
@@ -121,14 +200,12 @@ static void multiply(i64 m, i64 n, i64 k, const bf16* a, i64 lda, const bf16* b,
             const i64 rows = std::min<i64>(32, part.last - i), bottom = rows - ROWS;
             shape_tiles(std::min(rows, ROWS), bottom > 0 ? bottom : ROWS);
             for (i64 column = part.left; column < part.right; column += 32) {
-                const bf16* right = b + column * k;
                 await(rows, c + i * ldc + column, ldc);
-                bottom > 0 ? block<false, true>(k, a + i * lda, lda, right, out)
-                           : block<false, false>(k, a + i * lda, lda, right, out);
+                block<false>(rows, k, a + i * lda, lda, b + column * k, out);
                 for (i64 r = 0; r < rows; r++) store_row(out + 32 * r, c + (i + r) * ldc + column);
             }
         }
-        _tile_release();
+        release_tiles();
     }
 }
 
@@ -191,20 +268,17 @@ static void gradient(i64 n, i64 out, i64 in, const bf16* dy, i64 ldy, const bf16
     const i64 deep = (n + DEEP - 1) / DEEP * DEEP;
     const bool tall = out >= in;
     static thread_local Tiles space;  // kept: fresh memory would be zeroed at every call
-    space.resize(deep * (out + in) / TILE);
+    space.reserve(deep * (out + in) / TILE);
     bf16 *left = space.at(0), *right = left + deep * out;
-    auto pack_left = [=](i64 column) {  // 32 columns of dy, as 32 rows of the left operand
+    auto pack_left = [=](i64 i, i64 column) {  // 32 columns of 32 rows of dy, as 32 rows of the left operand
         alignas(64) bf16 tiles[2 * TILE];
-        bf16* to = left + column * deep;
-        for (i64 i = 0; i < n; i += DEEP, to += TILE) {
-            pack_tiles(dy + i * ldy + column, ldy, std::min(DEEP, n - i), tiles, tiles + TILE);
-            turn_tile(tiles, DEEP, to), turn_tile(tiles + TILE, DEEP, to + deep * ROWS);
-        }
+        bf16* to = left + column * deep + i * ROWS;
+        pack_tiles(dy + i * ldy + column, ldy, std::min(DEEP, n - i), tiles, tiles + TILE);
+        turn_tile(tiles, DEEP, to), turn_tile(tiles + TILE, DEEP, to + deep * ROWS);
     };
-    auto pack_right = [=](i64 column) {
-        bf16* to = right + column * deep;
-        for (i64 i = 0; i < n; i += DEEP, to += TILE)
-            pack_tiles(x + i * ldx + column, ldx, std::min(DEEP, n - i), to, to + deep * ROWS);
+    auto pack_right = [=](i64 i, i64 column) {
+        bf16* to = right + column * deep + i * ROWS;
+        pack_tiles(x + i * ldx + column, ldx, std::min(DEEP, n - i), to, to + deep * ROWS);
     };
     std::vector<float> squares(out / 32 * (in / 32));
 #pragma omp parallel
@@ -212,21 +286,24 @@ static void gradient(i64 n, i64 out, i64 in, const bf16* dy, i64 ldy, const bf16
         alignas(64) float sums[32 * 32];
         shape_tiles(ROWS, ROWS);
 #pragma omp for schedule(static)
-        for (i64 column = 0; column < (tall ? in : out); column += 32) tall ? pack_right(column) : pack_left(column);
+        for (i64 i = 0; i < n; i += DEEP)  // row after row, as they lie: columns would miss the cache at every line
+            for (i64 column = 0; column < (tall ? in : out); column += 32)
+                tall ? pack_right(i, column) : pack_left(i, column);
         const i64 threads = omp_get_num_threads(), me = omp_get_thread_num(), strips = (tall ? out : in) / 32;
         const i64 first = strips * me / threads * 32, last = strips * (me + 1) / threads * 32;
-        for (i64 strip = first; strip < last; strip += 32) tall ? pack_left(strip) : pack_right(strip);
+        for (i64 i = 0; i < n; i += DEEP)
+            for (i64 column = first; column < last; column += 32) tall ? pack_left(i, column) : pack_right(i, column);
         for (i64 row = tall ? first : 0; row < (tall ? last : out); row += 32)
             for (i64 column = tall ? 0 : first; column < (tall ? in : last); column += 32) {
                 await(32, dw + row * in + column, in);
-                block<true, true>(deep, left + row * deep, 0, right + column * deep, sums);
+                block<true>(32, deep, left + row * deep, 0, right + column * deep, sums);
                 for (i64 r = 0; r < 32; r++) store_row(sums + 32 * r, dw + (row + r) * in + column);
                 float square = 0;
 #pragma omp simd reduction(+ : square)
                 for (i64 i = 0; i < 32 * 32; i++) square += sums[i] * sums[i];
                 squares[row / 32 * (in / 32) + column / 32] = square;
             }
-        _tile_release();
+        release_tiles();
     }
     if (square_sum) *square_sum = std::accumulate(squares.begin(), squares.end(), 0.0);
 }

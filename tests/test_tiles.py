@@ -14,7 +14,7 @@ from fused import TiledLoraLinear
 from optim import FastAdamW
 from tiles import Matrix, TiledMatrix, gradient, matrix
 
-pytestmark = pytest.mark.skipif(not kernels.tiles(), reason="no tile registers or no compiler")
+pytestmark = pytest.mark.skipif(not kernels.tiles(), reason="no bf16 products of our own here, or no compiler")
 
 ROUNDING = 2**-8  # of bf16, to nearest
 

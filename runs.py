@@ -294,8 +294,6 @@ def _git_commit() -> str | None:
 
 def write_outcome(job: Job, run_dir: Path, result: dict[str, Any], probabilities: np.ndarray) -> None:
     """predictions.jsonl (one test row a line), the picture, then result.json: it marks a finished run."""
-    from plots import draw_curves  # here, since matplotlib takes a second to import
-
     names = job.data.label_names
     with (run_dir / "predictions.jsonl").open("w", encoding="utf-8") as file:
         texts, labels = job.data.splits["test"]["text"], job.splits["test"].labels
@@ -309,6 +307,8 @@ def write_outcome(job: Job, run_dir: Path, result: dict[str, Any], probabilities
             }
             file.write(json.dumps(prediction, ensure_ascii=False) + "\n")
     if job.config.mode == "finetune":
+        from plots import draw_curves  # here, since matplotlib takes a second to import
+
         draw_curves(run_dir, result["best_epoch"])
     write_json(run_dir / "result.json", result)
     print(summary(result))

@@ -80,7 +80,7 @@ class FastEngine:
     """fast.py and optim.py: hand-written forward and backward, one flat gradient, lazy embedding rows.
 
     On CPU what lies between the matrix products is compiled (kernels.py) where there is a compiler, and the products
-    too where the processor has tile registers (tiles.py).
+    too where the processor has instructions for them, AMX or AVX512-BF16 (tiles.py).
     """
 
     def __init__(

@@ -62,7 +62,7 @@ class FusedLoraLinear(LoraLinear):
 
 
 class TiledLoraLinear(FusedLoraLinear):
-    """As `FusedLoraLinear`, on the processor's tile registers, with A in bf16 as PEFT has it under autocast."""
+    """As `FusedLoraLinear`, on tiles (products.h), with A in bf16 as PEFT has it under autocast."""
 
     way_down = "lora_down_tiles"
 

@@ -123,7 +123,7 @@ def library() -> dict[tuple[str, torch.dtype], Kernel] | None:
 
 @functools.cache
 def tiles() -> bool:
-    """Whether bf16 products can run on the processor's tile registers (products.h)."""
+    """Whether bf16 products can run on tiles: the processor has AMX or AVX512-BF16 (products.h)."""
     return library() is not None and bool(call("tiles_allowed", torch.bfloat16))
 
 

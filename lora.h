@@ -1,4 +1,4 @@
-// LoRA's skinny products on tile registers, their dropout on the way: no masked copy of x in memory, none in float.
+// LoRA's skinny products on tiles, their dropout on the way: no masked copy of x in memory, none in float.
 // For G adapters of rank r that read x [n, in], whose matrices A come as [G, r, in]; random bytes [G, n, in].
 
 #pragma once

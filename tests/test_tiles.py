@@ -1,4 +1,4 @@
-"""Products on the processor's tile registers, against the same in double precision and against PyTorch's."""
+"""Products on tiles, against the same in double precision and against PyTorch's."""
 
 import copy
 

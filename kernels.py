@@ -130,7 +130,7 @@ def tiles() -> bool:
 def call(name: str, dtype: torch.dtype, *values: Tensor | float | None) -> float | None:
     """Run a kernel for products in `dtype`; tensors are passed by address, so their layout is the caller's duty."""
     kernel = library()[name, dtype]
-    values = [value.data_ptr() if isinstance(value, Tensor) else value for value in values]
+    slots = [value.data_ptr() if isinstance(value, Tensor) else value for value in values]  # `values` keeps them alive
     if tape is not None:
-        tape.add(kernel.unpack, kernel.form, values)
-    return kernel.function(*values)
+        tape.add(kernel.unpack, kernel.form, slots)
+    return kernel.function(*slots)

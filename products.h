@@ -105,6 +105,7 @@ static inline void tile_block(i64 k, const bf16* a, i64 lda, const bf16* b, floa
         _tile_stored(3, out + 33 * ROWS, 128);
     }
 }
+
 template <bool PACKED>
 static inline void block(i64 rows, i64 k, const bf16* a, i64 lda, const bf16* b, float* out) {
     rows > ROWS ? tile_block<PACKED, true>(k, a, lda, b, out) : tile_block<PACKED, false>(k, a, lda, b, out);
@@ -128,6 +129,7 @@ static inline void shape_tiles(i64, i64) {}
 static inline void release_tiles() {}
 
 // out [R, 16 C] = a b: rows of a ld apart, their next 32 numbers `next` further on; columns of tiles of b `column` apart.
+// Not inlined: one copy of each serves every product.
 template <int R, int C>
 [[gnu::noinline]] static void dots(i64 deep, const bf16* a, i64 ld, i64 next, const bf16* b, i64 column, float* out) {
     __m512 sums[R][C] = {};
@@ -267,7 +269,7 @@ static void gradient(i64 n, i64 out, i64 in, const bf16* dy, i64 ldy, const bf16
                      double* square_sum) {
     const i64 deep = (n + DEEP - 1) / DEEP * DEEP;
     const bool tall = out >= in;
-    static thread_local Tiles space;  // kept: fresh memory would be zeroed at every call
+    static thread_local Tiles space;  // kept: the pages of fresh memory would be made anew at every call
     space.reserve(deep * (out + in) / TILE);
     bf16 *left = space.at(0), *right = left + deep * out;
     auto pack_left = [=](i64 i, i64 column) {  // 32 columns of 32 rows of dy, as 32 rows of the left operand
@@ -286,7 +288,7 @@ static void gradient(i64 n, i64 out, i64 in, const bf16* dy, i64 ldy, const bf16
         alignas(64) float sums[32 * 32];
         shape_tiles(ROWS, ROWS);
 #pragma omp for schedule(static)
-        for (i64 i = 0; i < n; i += DEEP)  // row after row, as they lie: columns would miss the cache at every line
+        for (i64 i = 0; i < n; i += DEEP)  // row after row, as they lie
             for (i64 column = 0; column < (tall ? in : out); column += 32)
                 tall ? pack_right(i, column) : pack_left(i, column);
         const i64 threads = omp_get_num_threads(), me = omp_get_thread_num(), strips = (tall ? out : in) / 32;

@@ -62,6 +62,8 @@ def measure(file: Path, steps: int) -> tuple[int, float, float]:
     process.send_signal(signal.SIGINT)
     process.wait()
     rates = [line["train/samples_per_second"] for line in lines if steps / 3 < line["step"] <= steps]
+    if not rates:
+        raise SystemExit(f"the run ended before step {steps}: {' '.join(command)}")
     return peak, first, statistics.median(rates)
 
 

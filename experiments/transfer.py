@@ -2,11 +2,13 @@
 
 SST-2 is drawn from the reviews of Rotten Tomatoes, so one's test rows are the other's training rows, whole or as
 phrases. Two rows share a sentence if, by letters and digits alone, they are equal, or one is a run of at least four
-whole words of the other.
+whole words of the other. SST-2 has the phrases of a sentence as rows with labels of their own, so a row to train on is
+also dropped if it is any run of words of a test row, a single one too.
 
     python experiments/transfer.py --dataset_dir DIR --write data
         data/rotten_tomatoes_to_sst2 and data/sst2_to_rotten_tomatoes: the training and validation rows of the first
         that share nothing with the test rows of the second, and these. experiments/transfer.toml trains on them.
+        data/rotten_tomatoes_and_sst2: the rows of both, tested on Rotten Tomatoes. experiments/best.toml trains on it.
     python experiments/transfer.py --dataset_dir DIR runs/rotten_tomatoes runs/sst2
         scores models that were trained on all rows on the test rows that are left without the shared ones, one
         Markdown row a run. Few are left.
@@ -35,32 +37,32 @@ def letters(text: str) -> str:
     return re.sub(r"[^a-z0-9]", "", plain)
 
 
-def shared_rows(tested: list[str], trained: list[str]) -> dict[str, np.ndarray]:
-    """For each tested text, whether it is `whole` among the trained ones, holds one as a `part`, or is `within` one.
+def shared_rows(mine: list[str], others: list[str], fewest_within: int = FEWEST_WORDS) -> dict[str, np.ndarray]:
+    """For each of my texts, whether it is `whole` among the others, holds one as a `part`, or is `within` one.
 
-    Parts are runs of at least FEWEST_WORDS whole words.
+    Parts are runs of at least FEWEST_WORDS whole words; mine of at least `fewest_within` words may be within others.
     """
-    whole = {letters(text) for text in trained} - {""}
-    long_enough = {letters(text) for text in trained if len(text.split()) >= FEWEST_WORDS} - {""}
-    mine = [letters(text) for text in tested]
-    wanted = {text for text, raw in zip(mine, tested) if len(raw.split()) >= FEWEST_WORDS} - {""}
+    whole = {letters(text) for text in others} - {""}
+    long_enough = {letters(text) for text in others if len(text.split()) >= FEWEST_WORDS} - {""}
+    keys = [letters(text) for text in mine]
+    wanted = {key for key, text in zip(keys, mine) if len(text.split()) >= fewest_within} - {""}
     inside = set()
-    for text in trained:
-        inside |= wanted.intersection(parts(text))
+    for text in others:
+        inside |= wanted.intersection(parts(text, fewest_within))
     return {
-        "whole": np.array([text in whole for text in mine]),
-        "part": np.array([not long_enough.isdisjoint(parts(text)) for text in tested]),
-        "within": np.array([text in inside for text in mine]),
+        "whole": np.array([key in whole for key in keys]),
+        "part": np.array([not long_enough.isdisjoint(parts(text, FEWEST_WORDS)) for text in mine]),
+        "within": np.array([key in inside for key in keys]),
     }
 
 
-def parts(text: str) -> set[str]:
-    """The letters of every run of at least FEWEST_WORDS words."""
+def parts(text: str, fewest: int) -> set[str]:
+    """The letters of every run of at least `fewest` words."""
     words = [word for word in map(letters, text.split()) if word]
     found = set()
     for start in range(len(words)):
-        joined = "".join(words[start : start + FEWEST_WORDS - 1])
-        for word in words[start + FEWEST_WORDS - 1 :]:
+        joined = "".join(words[start : start + fewest - 1])
+        for word in words[start + fewest - 1 :]:
             joined += word
             found.add(joined)
     return found
@@ -103,26 +105,52 @@ def load_both(dataset_dir: str | None) -> dict:
 
 
 def write(sets: dict, folder: Path) -> list[str]:
-    """A folder of parquet splits for each direction. Returns lines that say what was dropped."""
+    """Folders of parquet splits: one for each direction, and the two sets together, tested on Rotten Tomatoes.
+
+    Where both are trained on, SST-2's rows that share a sentence with Rotten Tomatoes' validation rows are dropped too:
+    a run is chosen by those. Returns lines that say what was dropped.
+    """
+    lines = []
+    for source, target in OTHER.items():
+        place = folder / f"{source}_to_{target}"
+        tested, labels = of(sets, target, "test")
+        save(place, "test", tested, labels)
+        for split in ("train", "validation"):
+            texts, labels, line = without(of(sets, source, split), tested)
+            save(place, split, texts, labels)
+            lines.append(f"{place / split}: {line}")
+    place = folder / "rotten_tomatoes_and_sst2"
+    held_out = {split: of(sets, "rotten_tomatoes", split) for split in ("validation", "test")}
+    for split, rows in held_out.items():
+        save(place, split, *rows)
+    seen = [text for texts, _ in held_out.values() for text in texts]
+    *added, line = without(of(sets, "sst2", "train"), seen)
+    lines.append(f"{place / 'train'}: {line} of sst2")
+    save(place, "train", *(mine + more for mine, more in zip(of(sets, "rotten_tomatoes", "train"), added)))
+    return lines
+
+
+def of(sets: dict, name: str, split: str) -> tuple[list[str], list[int]]:
+    """Texts and labels of a split."""
+    rows = sets[name].splits[split]
+    return list(rows["text"][:]), list(rows["label"][:])
+
+
+def without(rows: tuple[list[str], list[int]], seen: list[str]) -> tuple[list[str], list[int], str]:
+    """Those of the rows that share no sentence with `seen`, and a line that says how many do."""
+    drop = np.logical_or.reduce(list(shared_rows(rows[0], seen, fewest_within=1).values()))
+    texts, labels = ([value for value, shared in zip(values, drop) if not shared] for values in rows)
+    return texts, labels, f"{drop.sum()} of {len(drop)} rows dropped"
+
+
+def save(folder: Path, split: str, texts: list[str], labels: list[int]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    names, lines = ("negative", "positive"), []
-    for source, target in OTHER.items():
-        place = folder / f"{source}_to_{target}"
-        place.mkdir(parents=True, exist_ok=True)
-        tested = sets[target].splits["test"]["text"][:]
-        for split in ("train", "validation", "test"):
-            rows = sets[target if split == "test" else source].splits[split]
-            texts, labels = rows["text"][:], np.asarray(rows["label"][:])
-            drop = np.zeros(len(texts), bool)
-            if split != "test":
-                drop = np.logical_or.reduce(list(shared_rows(texts, tested).values()))
-                lines.append(f"{place / split}: {drop.sum()} of {len(texts)} rows dropped")
-            kept = np.flatnonzero(~drop)
-            table = pa.table({"text": [texts[row] for row in kept], "label": [names[labels[row]] for row in kept]})
-            pq.write_table(table, place / f"{split}.parquet")
-    return lines
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("negative", "positive")
+    table = pa.table({"text": texts, "label": [names[label] for label in labels]})
+    pq.write_table(table, folder / f"{split}.parquet")
 
 
 def table(folders: list[Path], sets: dict) -> list[str]:

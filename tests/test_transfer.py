@@ -24,17 +24,31 @@ def test_shared_rows_are_found_whatever_their_spelling():
     assert found["whole"].tolist() == [True, False, False, False, True, False]
     assert found["part"].tolist() == [True, True, False, False, False, False]
     assert found["within"].tolist() == [True, False, True, False, False, False]
+    found = transfer.shared_rows([*tested, "journey"], trained, fewest_within=1)
+    assert found["within"].tolist() == [True, False, True, False, True, False, True]
 
 
 def test_written_data_trains_on_one_and_tests_on_the_other(tiny_data, tiny_model, tmp_path):
     script = [sys.executable, str(ROOT / "experiments" / "transfer.py"), "--dataset_dir", str(tiny_data)]
     done = subprocess.run([*script, "--write", str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 4 and "rows dropped" in done.stdout
+    assert len(done.stdout.splitlines()) == 5 and "rows dropped" in done.stdout
     tested = set(pq.read_table(tmp_path / "sst2_to_rotten_tomatoes" / "test.parquet")["text"].to_pylist())
     assert tested == set(pq.read_table(tiny_data / "rotten_tomatoes" / "test.parquet")["text"].to_pylist())
     trained = pq.read_table(tmp_path / "sst2_to_rotten_tomatoes" / "train.parquet")["text"].to_pylist()
-    assert trained and not any(some.any() for some in transfer.shared_rows(trained, sorted(tested)).values())
+    assert trained and not any(some.any() for some in transfer.shared_rows(trained, sorted(tested), 1).values())
+    both = tmp_path / "rotten_tomatoes_and_sst2"
+    held_out = []
+    for split in ("train", "validation", "test"):
+        texts = pq.read_table(tiny_data / "rotten_tomatoes" / f"{split}.parquet")["text"].to_pylist()
+        pooled = pq.read_table(both / f"{split}.parquet")["text"].to_pylist()
+        if split == "train":
+            assert pooled[: len(texts)] == texts
+            added = pooled[len(texts) :]
+        else:
+            assert pooled == texts
+            held_out += texts
+    assert added and not any(some.any() for some in transfer.shared_rows(added, held_out, 1).values())
 
 
 def test_saved_models_are_scored_on_the_other_set(cli, tiny_data, monkeypatch, capsys):

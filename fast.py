@@ -221,13 +221,13 @@ class FastClassifier:
         if from_ids:
             x, embedded = self.embedding.forward(source, draw)
         else:
-            x = source.reshape(shape.b * shape.length, -1).float()
+            x = source.flatten(0, 1)
         kept = Kept(embedded if save and self.embedding.trained else None, [], shape)
         first = 0 if from_ids else self.frozen_prefix
         if replay := self._replay(shape, first, draw, save):
             kept.replay, self.pending = replay, weakref.ref(kept)
             return replay.forward(x, shape.lengths), kept
-        cls, layers = self._forward(x, shape, first, draw)
+        cls, layers = self._forward(x.float(), shape, first, draw)
         kept.layers = layers if save else []
         return cls, kept
 
@@ -241,15 +241,23 @@ class FastClassifier:
         return self.replays.get(key)
 
     def _forward(
-        self, x: Tensor, shape: Shape, first: int, draw: Draw, spaces: list[Workspace] | None = None
+        self,
+        x: Tensor,
+        shape: Shape,
+        first: int,
+        draw: Draw,
+        spaces: list[Workspace] | None = None,
+        stop: int | None = None,
     ) -> tuple[Tensor, list]:
-        """The layers from `first` on: [N, D] -> CLS state [B, D] and what their backward needs.
+        """The layers from `first` to `stop`: [N, D] -> [N, D], or the CLS state [B, D] from the last one; and what
+        their backward needs.
 
-        spaces: the layers' memory, in turns, where there is no backward.
+        spaces: the layers' memory, in turns, where there is no backward. The last layer's is the same as there, so that
+        layers of like size share.
         """
         stream, layers = (x, None), []
-        for i, layer in enumerate(self.layers[first:], first):
-            with within(spaces[i % 2]) if spaces else nullcontext():
+        for i, layer in enumerate(self.layers[first:stop], first):
+            with within(spaces[(len(self.layers) - 1 - i) % 2]) if spaces else nullcontext():
                 stream, kept = layer.forward(stream, shape, draw)
             layers.append(kept if i >= self.first and not spaces else None)
         return stream[0], layers
@@ -285,16 +293,17 @@ class FastClassifier:
         keep = draw(tuple(h.shape), p, h)
         return self.inner.classifier(h if keep is None else h * keep / (1 - p))
 
-    def prefix(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        """ids [B, L] -> output of the embeddings and the frozen layers [B, L, D], without dropout, cacheable."""
+    def prefix(self, ids: Tensor, lengths: Tensor, spaces: list[Workspace] | None = None) -> Tensor:
+        """ids [B, L] -> output of the embeddings and the frozen layers [B, L, D], without dropout, cacheable.
+
+        spaces: two, for the layers' memory in turns, where many batches follow each other.
+        """
         with torch.inference_mode():
             self.arena.sync_if_changed()
             shape, draw = self._shape(lengths, *ids.shape), Draw(False)
             x, _ = self.embedding.forward(ids, draw)
-            stream = (x, None)
-            for layer in self.layers[: self.frozen_prefix]:
-                stream, _ = layer.forward(stream, shape, draw)
-            return stream[0].to(self.dtype).view(*ids.shape, -1)
+            x, _ = self._forward(x, shape, 0, draw, spaces if self.compiled else None, stop=self.frozen_prefix)
+            return x.to(self.dtype).view(*ids.shape, -1)
 
     def suffix(self, hidden: Tensor, lengths: Tensor, first: int = 0, whole: int | None = None) -> Tensor:
         """`prefix`'s output [B, L, D] -> logits [B, C]."""

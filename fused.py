@@ -9,7 +9,7 @@ import kernels
 from dropout import Draw, Dropout
 from layers import Layer, Norm, Shape, Stream
 from linear import Arena, Linear, LoraLinear, base_layer
-from tape import empty
+from tape import empty, scratch
 from tiles import packs
 
 NOTHING: Dropout = (None, None, 1.0)
@@ -88,10 +88,11 @@ class TiledLoraLinear(FusedLoraLinear):
         dup, ddown = (grad[0] if fresh else torch.empty_like(grad[0]) for grad in (self.dups, self.ddown))
         kernels.call("lora_up_gradient", dy.dtype, len(dy), self.up[0].shape[0], self.r, groups, self.offsets,
                      self.factors, dy, dy.stride(0), wide[:, self.width :], wide.stride(0), dup)  # fmt: skip
-        base = self.matrix.backward(dy)
-        dx = empty(len(dy), self.width, dtype=base.dtype) if need_dx else None
-        kernels.call("lora_backward_tiles", dy.dtype, len(dy), self.width, self.r, groups, wide, wide.stride(0),
-                     self.matrices, *drop, base, base.stride(0), dx, ddown)  # fmt: skip
+        dx = empty(len(dy), self.width, dtype=dy.dtype) if need_dx else None
+        with scratch():
+            base = self.matrix.backward(dy)
+            kernels.call("lora_backward_tiles", dy.dtype, len(dy), self.width, self.r, groups, wide, wide.stride(0),
+                         self.matrices, *drop, base, base.stride(0), dx, ddown)  # fmt: skip
         if not fresh:
             self.dups[1].add_(dup), self.ddown[1].add_(ddown)
         return dx

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import kernels
 
-CHUNK = 4 << 20
+CHUNK = 64 << 20  # bytes; what is not used of one is never touched, so it takes no memory
 _space: ContextVar["Workspace | None"] = ContextVar("space", default=None)
 
 
@@ -50,6 +50,16 @@ def within(space: Workspace) -> Iterator[None]:
         yield
     finally:
         _space.reset(token)
+
+
+@contextmanager
+def scratch() -> Iterator[None]:
+    """What `empty` gives in here is free again behind it."""
+    space = _space.get()
+    mark = space and (space.chunk, space.used)
+    yield
+    if space:
+        space.chunk, space.used = mark
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Tensor:

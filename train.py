@@ -29,6 +29,7 @@ from device import PeakMemory
 from engine import Engine, FastEngine, make_engine, predict_probabilities
 from metrics import score, score_with_intervals
 from prefix import with_prefix
+from tape import Workspace
 from tracking import Logger
 
 LOG_EVERY = 10  # optimiser steps
@@ -102,6 +103,8 @@ def finetune(config: TrainConfig, source: models.ModelSource) -> Path:
             if asked:
                 raise Interrupted(asked, run_dir, f"at step {step}")
 
+        import sklearn.metrics  # noqa: F401 - here, since its code (27 MB) is no memory of training
+
         memory = PeakMemory(job.accelerator.device)
         splits = cache_prefix(job, engine, record, progress)
         stop.open_loop()
@@ -169,7 +172,7 @@ def cache_prefix(job: runs.Job, engine: Engine, record: dict[str, Any], progress
     with job.accelerator.main_process_first():
         splits = with_prefix(
             job.splits,
-            engine.classifier.prefix,
+            partial(engine.classifier.prefix, spaces=[Workspace(), Workspace()]),
             content,
             job.model.config.hidden_size,
             engine.classifier.dtype,

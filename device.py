@@ -54,15 +54,20 @@ def _is_set(variable: str) -> bool:
 def _native_bf16(kind: str) -> bool:
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    found = torch.cpu.get_capabilities() if kind == "cpu" else {}
-    return any(found.get(feature) for feature in ("avx512_bf16", "amx_bf16", "bf16"))
+    return kind == "cpu" and _capable("avx512_bf16", "amx_bf16", "bf16")
+
+
+def _capable(*features: str) -> bool:
+    """Whether the processor has one of them."""
+    found = torch.cpu.get_capabilities()
+    return any(found.get(feature) for feature in features)
 
 
 def arithmetic(device: torch.device, precision: str) -> str:
     """What, beside weights and input, decides the last bits of a result: for the keys of caches."""
     by = ["torch"]
     if device.type == "cpu" and kernels.library():
-        by = ["compiled", "tiles"] if kernels.tiles() else ["compiled"]
+        by = ["compiled", *(["amx" if _capable("amx_bf16") else "tiles"] if kernels.tiles() else [])]
     return "|".join([precision, device.type, torch.__version__, *by])
 
 

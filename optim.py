@@ -5,6 +5,7 @@ Numerically `torch.optim.AdamW` (decoupled decay, bias corrections, no decay for
 """
 
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -259,7 +260,7 @@ class FastAdamW(torch.optim.Optimizer):
             self.arena.settle()
             return
         tape = Tape()
-        with tape.recording():
+        with tape.recording() if self.fast.tiled else nullcontext():
             for at, part, matrix in pieces:
                 rule, copy = self.rules[int(at.stop > self.arena.decayed_size)], matrix
                 if matrix is None and self.arena.compute is not self.arena.flat:

@@ -12,6 +12,7 @@ from conftest import ROOT
 from scipy import stats
 from test_fast import adapted, batch, tiny
 
+import device
 import kernels
 from fast import FastClassifier
 from layers import Layer
@@ -86,3 +87,14 @@ def test_a_step_is_that_of_the_layers_in_pytorch(monkeypatch, make, precision):
         assert loss.item() == pytest.approx(expected.item(), rel=0.05)
         both = [torch.cat([part[name].flatten() for name in reference]) for part in (grads, reference)]
         assert F.cosine_similarity(*both, dim=0) > 0.97
+
+
+def test_caches_tell_processors_apart(monkeypatch):
+    """Embeddings and prefixes are kept by what computed them: tile registers and vectors round differently."""
+    monkeypatch.setattr(kernels, "library", lambda: {"any": None})
+    seen = set()
+    for tiles, amx in ((False, False), (True, False), (True, True)):
+        monkeypatch.setattr(kernels, "tiles", lambda tiles=tiles: tiles)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda amx=amx: {"amx_bf16": amx, "avx512_bf16": True})
+        seen.add(device.arithmetic(torch.device("cpu"), "bf16"))
+    assert len(seen) == 3

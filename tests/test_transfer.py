@@ -1,4 +1,4 @@
-"""What two data sets share, and a run scored on the other's rows."""
+"""The scripts of experiments/: what two data sets share, a run scored on the other's rows, and runs averaged."""
 
 import subprocess
 import sys
@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "experiments"))
+import average
 import transfer
 
 
@@ -60,3 +61,25 @@ def test_saved_models_are_scored_on_the_other_set(cli, tiny_data, monkeypatch, c
     assert transfer.main() == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| rotten_tomatoes-")]
     assert len(rows) == 2 and all("| sst2 |" in row for row in rows)
+
+
+def test_runs_are_averaged(cli, tiny_data, monkeypatch, capsys):
+    where = ("--dataset_dir", str(tiny_data))
+    for seed in "12":
+        words = ("--dataset", "rotten_tomatoes", "--lr", "1e-3", "--epochs", "2", "--seed", seed)
+        assert cli("--finetune", *where, *words)[0] == 0
+    one, two = map(str, sorted(cli.runs.iterdir()))
+    capsys.readouterr()
+
+    def rows(*runs: str) -> list[list[str]]:
+        monkeypatch.setattr(sys, "argv", ["average.py", *where, *runs])
+        assert average.main() == 0
+        return [line.strip("| ").split(" | ")[1:] for line in capsys.readouterr().out.splitlines()[2:]]
+
+    first, second, *means = rows(one, two)
+    assert first != second and len(means) == 2
+    assert rows(one, one) == [first] * 4  # the mean of a run and itself is the run
+    assert cli("--finetune", *where, "--dataset", "sst2", "--epochs", "1")[0] == 0
+    other = next(str(run) for run in cli.runs.iterdir() if run.name.startswith("sst2"))
+    monkeypatch.setattr(sys, "argv", ["average.py", *where, one, other])
+    assert average.main() == 2 and "same rows" in capsys.readouterr().err

@@ -137,7 +137,7 @@ static void lora_dx(i64 n, i64 in, i64 r, i64 groups, const bf16* A, const Dropo
             for (i64 c = 0; c < columns; c++) {
                 for (i64 g = 0; g < groups; g++) {
                     const bf16* up = right.at((g * columns + c) * deep * 2);
-                    block<true>(ROWS, deep * DEEP, left.at(g * deep), 0, up, sums[g]);
+                    block<true>(ROWS, r, left.at(g * deep), 0, up, sums[g]);
                 }
                 for (i64 i = 0; i < rows; i++) {
                     const __m512i through = _mm512_loadu_si512(base + (first + i) * ldb + c * 32);
@@ -186,7 +186,7 @@ static void lora_down_gradient(i64 n, i64 in, i64 r, i64 groups, const bf16* x, 
                     pack_tiles(masked, DEEP, rows, right.at(p), right.at(deep + p));
                 }
                 for (i64 c = 0; c < down; c++) {
-                    block<true>(ROWS, deep * DEEP, left.at((g * down + c) * deep), 0, right.at(0), sums);
+                    block<true>(ROWS, n, left.at((g * down + c) * deep), 0, right.at(0), sums);
                     for (i64 i = 0; i < std::min(ROWS, r - c * ROWS); i++)
                         for (i64 j = 0; j < 32; j++)
                             store(dA[(g * r + c * ROWS + i) * in + column + j], sums[i * 32 + j] * drop.scale);

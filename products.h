@@ -49,7 +49,7 @@ class Tiles {
 
 // What follows depends on the registers: `tiles_allowed`, `shape_tiles` before products and `release_tiles` behind them,
 // `block`: out [32, 32] = a [rows, k] b, where b are two neighbouring columns of tiles and the rows of a are lda apart,
-// or, PACKED, tiles of 16; `ahead`: what the next block reads as b, unless null, if it is to be fetched meanwhile; and
+// or, PACKED, tiles of 16 (tiles are filled up with zeros where k is no multiple of 32); `ahead`: what the next block reads as b, unless null, if it is to be fetched meanwhile; and
 // `skinny`: out [16, 16] = a b, both as tiles down the inner dimension.
 #ifdef __AMX_BF16__
 // Linux gives a process the registers when asked.
@@ -78,7 +78,8 @@ static void shape_tiles(i64 top, i64 bottom) {
 
 template <bool PACKED, bool BOTTOM>
 static inline void tile_block(i64 k, const bf16* a, i64 lda, const bf16* b, float* out) {
-    const bf16 *low = a + (PACKED ? k * ROWS : ROWS * lda), *right = b + k * ROWS;
+    const i64 deep = (k + DEEP - 1) / DEEP;
+    const bf16 *low = a + (PACKED ? deep * TILE : ROWS * lda), *right = b + deep * TILE;
     const i64 stride = PACKED ? 64 : 2 * lda, next = PACKED ? TILE : DEEP;
     settle();
     _tile_zero(0);
@@ -87,7 +88,7 @@ static inline void tile_block(i64 k, const bf16* a, i64 lda, const bf16* b, floa
         _tile_zero(2);
         _tile_zero(3);
     }
-    for (i64 p = 0; p < k / DEEP; p++) {
+    for (i64 p = 0; p < deep; p++) {
         _tile_loadd(4, a + p * next, stride);
         _tile_loadd(6, b + p * TILE, 64);
         _tile_dpbf16ps(0, 4, 6);
@@ -129,23 +130,27 @@ static bool tiles_allowed() { return true; }
 static inline void shape_tiles(i64, i64) {}
 static inline void release_tiles() {}
 
-// out [R, 16 C] = a b: rows of a ld apart, their next 32 numbers `next` further on; columns of tiles of b `column` apart.
+// out [R, 16 C] = a [R, k] b: rows of a ld apart, their next 32 numbers `next` further on; columns of tiles of b `column`
+// apart.
 // Not inlined: one copy of each serves every product. 256 numbers a step from `ahead` on are fetched, unless it is null.
 template <int R, int C>
-[[gnu::noinline]] static void dots(i64 deep, const bf16* a, i64 ld, i64 next, const bf16* b, i64 column, float* out,
+[[gnu::noinline]] static void dots(i64 k, const bf16* a, i64 ld, i64 next, const bf16* b, i64 column, float* out,
                                     const bf16* ahead = nullptr) {
     __m512 sums[R][C] = {};
-    for (i64 p = 0; p < deep; p++, a += next, b += TILE)
-#pragma GCC unroll 4
-        for (i64 i = 0; i < ROWS; i++) {
-            if (ahead && i % 2 == 0) __builtin_prefetch(ahead, 0, 2), ahead += DEEP;
-            __m512bh right[C];
-            for (int c = 0; c < C; c++) right[c] = (__m512bh)_mm512_load_si512(b + c * column + i * DEEP);
-            for (int r = 0; r < R; r++) {
-                const __m512bh left = (__m512bh)_mm512_set1_epi32(*(const pair*)(a + r * ld + 2 * i));
-                for (int c = 0; c < C; c++) sums[r][c] = _mm512_dpbf16_ps(sums[r][c], right[c], left);
-            }
+    auto add = [&](i64 i) {
+        if (ahead && i % 2 == 0) __builtin_prefetch(ahead, 0, 2), ahead += DEEP;
+        __m512bh right[C];
+        for (int c = 0; c < C; c++) right[c] = (__m512bh)_mm512_load_si512(b + c * column + i * DEEP);
+        for (int r = 0; r < R; r++) {
+            const __m512bh left = (__m512bh)_mm512_set1_epi32(*(const pair*)(a + r * ld + 2 * i));
+            for (int c = 0; c < C; c++) sums[r][c] = _mm512_dpbf16_ps(sums[r][c], right[c], left);
         }
+    };
+    i64 p = 0;
+    for (; p + DEEP <= k; p += DEEP, a += next, b += TILE)
+#pragma GCC unroll 4
+        for (i64 i = 0; i < ROWS; i++) add(i);
+    for (i64 i = 0; p + 2 * i < k; i++) add(i);
     for (int r = 0; r < R; r++)
         for (int c = 0; c < C; c++) _mm512_store_ps(out + (r * C + c) * ROWS, sums[r][c]);
 }
@@ -153,12 +158,12 @@ template <int R, int C>
 template <bool PACKED>
 static inline void block(i64 rows, i64 k, const bf16* a, i64 lda, const bf16* b, float* out,
                          const bf16* ahead = nullptr) {
-    const i64 ld = PACKED ? DEEP : lda, next = PACKED ? TILE : DEEP, deep = k / DEEP;
-    for (i64 half = 0; half < rows; half += ROWS, a += PACKED ? k * ROWS : ROWS * lda) {
+    const i64 ld = PACKED ? DEEP : lda, next = PACKED ? TILE : DEEP, column = (k + DEEP - 1) / DEEP * TILE;
+    for (i64 half = 0; half < rows; half += ROWS, a += PACKED ? column : ROWS * lda) {
         i64 i = 0, count = std::min(ROWS, rows - half);
         auto some = [&]<int R>() {
             for (; i + R <= count; i += R) {
-                dots<R, 2>(deep, a + i * ld, ld, next, b, k * ROWS, out + (half + i) * 32, ahead);
+                dots<R, 2>(k, a + i * ld, ld, next, b, column, out + (half + i) * 32, ahead);
                 if (ahead) ahead += k * R;
             }
         };
@@ -168,7 +173,7 @@ static inline void block(i64 rows, i64 k, const bf16* a, i64 lda, const bf16* b,
 }
 
 static inline void skinny(i64 deep, const bf16* a, const bf16* b, float* out) {
-    dots<ROWS, 1>(deep, a, DEEP, TILE, b, 0, out);
+    dots<ROWS, 1>(deep * DEEP, a, DEEP, TILE, b, 0, out);
 }
 #endif
 
@@ -307,7 +312,7 @@ static void gradient(i64 n, i64 out, i64 in, const bf16* dy, i64 ldy, const bf16
         for (i64 row = tall ? first : 0; row < (tall ? last : out); row += 32)
             for (i64 column = tall ? 0 : first; column < (tall ? in : last); column += 32) {
                 await(32, dw + row * in + column, in);
-                block<true>(32, deep, left + row * deep, 0, right + column * deep, sums);
+                block<true>(32, n, left + row * deep, 0, right + column * deep, sums);
                 for (i64 r = 0; r < 32; r++) store_row(sums + 32 * r, dw + (row + r) * in + column);
                 float square = 0;
 #pragma omp simd reduction(+ : square)

@@ -179,7 +179,7 @@ class Finding:
 
 
 def judge(groups: list[list[Cell]], scores: dict[tuple, dict[str, stats.Scores]]) -> dict[int, list[Finding]]:
-    """The findings of each claim, by its number. groups: cells by data set; scores: by `Run.cell`, then metric.
+    """The findings of each claim, by its number. groups: cells by data set; scores: by `Run.key`, then metric.
 
     Of several groups of one data set the first counts: claims are not pieced together from two encoders.
     """
@@ -194,7 +194,7 @@ def judge(groups: list[list[Cell]], scores: dict[tuple, dict[str, stats.Scores]]
         chosen = [_find(cells, data, wanted) for _, data, wanted in statement.parts]
         if all(chosen):
             parts = [
-                (weight, scores[cell.first.cell][statement.metric])
+                (weight, scores[cell.first.key][statement.metric])
                 for (weight, _, _), cell in zip(statement.parts, chosen)
             ]
             measured[id(statement)] = stats.contrast(parts, statement.paired)
@@ -232,7 +232,7 @@ def _finding(
         chosen = [_find(cells, data, wanted) for data, wanted in statement.cells]
         if not all(chosen):
             return Finding(statement.text, "undecided", "not run", "0")
-        parts = [(weight, scores[cell.first.cell]["accuracy"]) for weight, cell in zip((1, -1), chosen)]
+        parts = [(weight, scores[cell.first.key]["accuracy"]) for weight, cell in zip((1, -1), chosen)]
         return _judge_similar(statement, stats.contrast(parts))
     mine = _find(cells, *statement.cell)
     other = _find(cells, *statement.against) if statement.against else None

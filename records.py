@@ -65,6 +65,11 @@ class Run:
         places = {"dataset": self.data["fingerprints"]["test"], "model": self.model["fingerprint"]}
         return tuple((key, value) for key, value in identity({**self.config, **places}) if key != "seed")
 
+    @property
+    def key(self) -> tuple:
+        """`cell`, under the data set's name: others may have the same test rows."""
+        return self.data["name"], self.cell
+
 
 @dataclass(frozen=True)
 class Cell:

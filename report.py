@@ -47,12 +47,12 @@ def build(groups: list[list[Cell]], folder: Path) -> list[Block]:
     findings = claims.judge(groups, scores)
     if any(finding.evidence != "not run" for some in findings.values() for finding in some):
         blocks += verdict_blocks(findings, groups[0][0])
-    family = [comparisons(group, scores) for group in groups]
+    family = [comparisons(group, scores) for group in groups] + [across(groups, scores)]
     corrected = iter(stats.holm([one.difference.p for some in family for one in some]))
     for number, (group, some) in enumerate(zip(groups, family)):
         prefix = _prefix(group, [_prefix(other, []) for other in groups[:number]])
         blocks += group_blocks(group, scores, [(one, next(corrected)) for one in some], Gallery(folder, prefix))
-    return blocks
+    return blocks + across_blocks(list(zip(family[-1], corrected)))
 
 
 HOW_TO_READ = (
@@ -64,7 +64,7 @@ HOW_TO_READ = (
 
 
 def score_cells(group: list[Cell]) -> dict[tuple, dict[str, stats.Scores]]:
-    """The metrics of each cell, all with the same resampled rows. Keyed by `Run.cell`."""
+    """The metrics of each cell, all with the same resampled rows. Keyed by `Run.key`."""
     runs = [run for cell in group for run in cell.runs]
     predicted = np.stack([run.predicted for run in runs])
     found = stats.resample(runs[0].rows.labels, predicted, len(runs[0].data["labels"]))
@@ -72,7 +72,7 @@ def score_cells(group: list[Cell]) -> dict[tuple, dict[str, stats.Scores]]:
     for cell in group:
         part = slice(start, start + len(cell.runs))
         start = part.stop
-        done[cell.first.cell] = {
+        done[cell.first.key] = {
             name: stats.Scores(some.observed[part], some.resampled[:, part]) for name, some in found.items()
         }
     return done
@@ -111,15 +111,34 @@ def comparisons(group: list[Cell], scores: dict[tuple, dict[str, stats.Scores]])
     best = best_cells(group)
     top = max(best.values(), key=lambda cell: cell.val("accuracy"))
     reference = best.get("full", top)
+    others = [cell for cell in best.values() if cell is not reference]
+    return [compare(cell, reference, metric, scores) for metric in METRICS for cell in others]
+
+
+def across(groups: list[list[Cell]], scores: dict[tuple, dict[str, stats.Scores]]) -> list[Comparison]:
+    """The same method trained on other rows and tested on the same ones, each at its best rate there: every data set
+    against the one of those rows that has the most runs."""
+    tests: dict[tuple[str, str], list[list[Cell]]] = {}
+    for group in groups:
+        first = group[0].first
+        tests.setdefault((first.data["fingerprints"]["test"], first.model["fingerprint"]), []).append(group)
     found = []
-    for metric in METRICS:
-        for cell in best.values():
-            if cell is reference:
-                continue
-            parts = [(1, scores[cell.first.cell][metric]), (-1, scores[reference.first.cell][metric])]
-            difference = stats.contrast(parts)
-            found.append(Comparison(cell, reference, metric, difference, _mcnemar(cell, reference, metric)))
+    for some in tests.values():
+        most = max(some, key=lambda group: sum(len(cell.runs) for cell in group))
+        best = best_cells(most)
+        pairs = [
+            (cell, best[name])
+            for group in some
+            for name, cell in best_cells(group).items()
+            if group is not most and name in best
+        ]
+        found += [compare(*pair, metric, scores) for pair in pairs for metric in METRICS]
     return found
+
+
+def compare(cell: Cell, reference: Cell, metric: str, scores: dict[tuple, dict[str, stats.Scores]]) -> Comparison:
+    parts = [(1, scores[cell.first.key][metric]), (-1, scores[reference.first.key][metric])]
+    return Comparison(cell, reference, metric, stats.contrast(parts), _mcnemar(cell, reference, metric))
 
 
 def _mcnemar(cell: Cell, reference: Cell, metric: str) -> float | None:
@@ -219,7 +238,7 @@ def quality_table(group: list[Cell], scores: dict[tuple, dict[str, stats.Scores]
         row = [cell.name, str(len(cell.runs)), f"{cell.val('accuracy'):.4f}", f"{last:.4f}"]
         row.append("-" if epochs[-1] == 0 else f"{np.median(epochs):g} of {cell.first.config['epochs']}")
         for metric in METRICS:
-            got = stats.estimate(scores[cell.first.cell][metric])
+            got = stats.estimate(scores[cell.first.key][metric])
             row.append(f"{got.mean:.4f}" + ("" if got.sd is None else f" ± {got.sd:.4f}"))
             row.append(f"{got.low:.3f} to {got.high:.3f}")
         rows.append(tuple(row))
@@ -236,13 +255,7 @@ def comparison_blocks(compared: list[tuple[Comparison, float]], draw: Gallery) -
         "exact for each seed, combined as twice the mean, uncorrected, and about these runs alone. Detectable: the "
         "true difference that would be found in 80% of repetitions."
     )
-    head = ("cell", "against", "metric", "difference (points)", "95% interval", "p (Holm)", "McNemar", "detectable")
-    rows = []
-    for one, p in compared:
-        got = one.difference
-        mcnemar = "-" if one.mcnemar is None else f"{one.mcnemar:.3g}"
-        row = (one.cell.name, one.reference.name, one.metric, f"{100 * got.value:+z.1f}")
-        rows.append((*row, f"{100 * got.low:+z.1f} to {100 * got.high:+z.1f}", f"{p:.3g}", mcnemar, detectable(got)))
+    rows = [(one.cell.name, one.reference.name, *numbers(one, p)) for one, p in compared]
     figure = plots.forest(
         [f"{one.cell.name}, {one.metric}" for one, _ in compared],
         [tuple(100 * number for number in (d.value, d.low, d.high)) for d in (one.difference for one, _ in compared)],
@@ -253,9 +266,41 @@ def comparison_blocks(compared: list[tuple[Comparison, float]], draw: Gallery) -
     return [
         Block("heading", "Comparisons", 3),
         Block("text", text),
-        Block("table", head=head, rows=tuple(rows)),
+        Block("table", head=("cell", "against", *NUMBERS), rows=tuple(rows)),
         Block("list", rows=tuple((sentence(one, p),) for one, p in compared)),
         draw("differences", figure, caption),
+    ]
+
+
+NUMBERS = ("metric", "difference (points)", "95% interval", "p (Holm)", "McNemar", "detectable")
+
+
+def numbers(one: Comparison, p: float) -> tuple[str, ...]:
+    """A row of a table under NUMBERS."""
+    got = one.difference
+    interval = f"{100 * got.low:+z.1f} to {100 * got.high:+z.1f}"
+    mcnemar = "-" if one.mcnemar is None else f"{one.mcnemar:.3g}"
+    return one.metric, f"{100 * got.value:+z.1f}", interval, f"{p:.3g}", mcnemar, detectable(got)
+
+
+def across_blocks(compared: list[tuple[Comparison, float]]) -> list[Block]:
+    """Table of what other training rows make of the same test rows; nothing where all sets have their own."""
+    if not compared:
+        return []
+
+    def named(cell: Cell) -> str:
+        return f"{cell.name}, {len(cell.runs)} seed{'s' * (len(cell.runs) > 1)}"
+
+    rows = [
+        (one.cell.first.data["name"], named(one.cell), one.reference.first.data["name"], named(one.reference))
+        + numbers(one, p)
+        for one, p in compared
+    ]
+    text = "Data sets with the same test rows: the same method, each at its best rate by its own validation rows."
+    return [
+        Block("heading", "Other training rows, the same test rows", 2),
+        Block("text", text),
+        Block("table", head=("trained on", "cell", "against", "cell", *NUMBERS), rows=tuple(rows)),
     ]
 
 
@@ -293,7 +338,7 @@ def cost_blocks(group: list[Cell], scores: dict[tuple, dict[str, stats.Scores]],
         for cell in group:
             if not (there := cell.on(chosen)):
                 continue
-            got = stats.estimate(scores[cell.first.cell]["accuracy"])
+            got = stats.estimate(scores[cell.first.key]["accuracy"])
             place = (variant_name(cell), cell.name, there.fact(key), got.mean, got.low, got.high)
             spots.append((*place, id(cell) in named))
         caption = f"Test accuracy (95% interval) against {labels[name]}; each method's best rate is named"

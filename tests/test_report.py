@@ -6,6 +6,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import synthetic
 from conftest import ROOT, read_json
@@ -295,3 +296,22 @@ def test_pictures_count_one_seed_leave_room_for_markers_and_have_no_milliseconds
     ticks = plots.against(points, "s", "accuracy").axes[0].xaxis.get_major_formatter()
     assert [ticks(value) for value in (0.1, 0.5, 1, 1000)] == ["0.1", "0.5", "1", "1k"]
     plt.close("all")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_other_training_rows_are_compared_on_the_same_test_rows(studies, tmp_path):
+    """Even of runs that differ in nothing but the data set."""
+    own = [run for run in studies if run.data["name"] == "rotten_tomatoes" and run.method == "full"]
+    more = [replace(run, data={**run.data, "name": "more"}, predicted=run.rows.labels.copy()) for run in own]
+    more = [run for run in more if run.seed < 3]
+    groups, repeats = group_cells(own + more)
+    assert len(groups) == 2 and not repeats
+    text = report.markdown(report.build(groups, tmp_path))
+    table = text.split("## Other training rows, the same test rows")[1]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| more")]
+    best = report.best_cells(next(group for group in groups if group[0].first.data["name"] != "more"))["full"]
+    gain = 100 * (1 - np.mean([run.test["accuracy"] for run in best.runs]))
+    assert [row[4] for row in rows] == ["accuracy", "precision"] and float(rows[0][5]) == round(gain, 1)
+    assert rows[0][0] == "more" and rows[0][2] == "rotten_tomatoes" and rows[0][3].startswith(best.name)
+    alone, _ = group_cells(own)
+    assert "Other training rows" not in report.markdown(report.build(alone, tmp_path))

@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from records import Cell, read_lines
 
@@ -111,7 +111,7 @@ def _label_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
     ends = sorted(ends, key=lambda end: end[1])
     places = _apart([end[1] for end in ends], 0.06 * (high - low), high)
     for (x, y, name, colour), place in zip(ends, places):
-        _label(axes, (x, y), (right + 0.04 * (right - left), place), "data", name, colour, "left")
+        _label(axes, (x, y), (right + 0.04 * (right - left), place), "data", name, colour)
 
 
 def _apart(wanted: list[float], step: float, most: float) -> list[float]:
@@ -126,11 +126,11 @@ def _apart(wanted: list[float], step: float, most: float) -> list[float]:
 
 
 def _label(
-    axes: Axes, point: tuple[float, float], place: tuple[float, float], system: str, name: str, colour: str, side: str
+    axes: Axes, point: tuple[float, float], place: tuple[float, float], system: str, name: str, colour: str
 ) -> None:
     arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 2}
-    arrow["relpos"] = (0 if side == "left" else 1, 0.5)
-    words = {"fontsize": 9, "va": "center", "ha": side, "color": colour}
+    arrow["relpos"] = (0, 0.5)
+    words = {"fontsize": 9, "va": "center", "ha": "left", "color": colour}
     axes.annotate(name, point, place, "data", system, annotation_clip=False, arrowprops=arrow, **words)
 
 
@@ -163,30 +163,24 @@ def against(points: list[tuple[str, str, float, float, float, float, bool]], lab
         if is_named:
             named.append((x, value, name, colour[variant]))
     axes.set(xlabel=label, ylabel=quality)
-    axes.margins(x=0.25)
+    axes.margins(x=0.1)
     engineering = EngFormatter(sep="")  # 1k, 10k, 1M; but 0.5, not 500m
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}" if value < 1 else engineering(value))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    if np.ptp(np.log10(axes.get_xlim())) < 1:  # no power of ten may lie there
-        axes.xaxis.set_major_locator(MaxNLocator(4))
+    decades = np.ptp(np.log10(axes.get_xlim()))
+    if decades < 2:  # one power of ten may lie there, or none
+        axes.xaxis.set_major_locator(MaxNLocator(4) if decades < 1 else LogLocator(subs=(1, 3)))
     _label_points(axes, named)
     return figure
 
 
 def _label_points(axes: Axes, named: list[tuple[float, float, str, str]]) -> None:
-    """Name the points of the left half at the left edge of their lines, the others at the right edge."""
+    """Name the points at the right edge, moved apart where names would overlap."""
     low, high = axes.get_ylim()
-    left, right = np.log10(axes.get_xlim())
-    for side in ("left", "right"):
-        some = sorted(
-            (point for point in named if (np.log10(point[0]) < (left + right) / 2) == (side == "left")),
-            key=lambda point: point[1],
-        )
-        places = _apart([(y - low) / (high - low) for _, y, _, _ in some], 0.07, 1.0)
-        for (x, y, name, colour), place in zip(some, places):
-            across = (np.log10(x) - left) / (right - left)
-            spot = (across + 0.06 if side == "left" else across - 0.06, place)
-            _label(axes, (x, y), spot, "axes fraction", name, colour, side)
+    named = sorted(named, key=lambda point: point[1])
+    places = _apart([(y - low) / (high - low) for _, y, _, _ in named], 0.07, 1.0)
+    for (x, y, name, colour), place in zip(named, places):
+        _label(axes, (x, y), (1.04, place), "axes fraction", name, colour)
 
 
 @styled

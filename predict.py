@@ -97,6 +97,10 @@ class Predictor:
         self.model = model.to(self.device).eval().requires_grad_(False)
         record = saved.record
         self.cutter = Cutter(tokenizer, record["max_length"], record["config"].get("truncation", "head"))
+        self.read_weights()
+
+    def read_weights(self) -> None:
+        """Compute with the model's weights as they are now: each forward pass keeps a copy of its own."""
         self.forward = self._forward(self.precision)
         self.exact = self.forward if self.precision == "fp32" else self._forward("fp32")
 

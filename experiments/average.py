@@ -46,9 +46,10 @@ def rows_of(runs: list[Path], dataset_dir: str | None) -> list[str]:
     named.append(("mean probabilities", lambda texts: np.mean([predict(texts) for predict in predictors], axis=0)))
     lines += [f"| {' | '.join([name, *score(predict)])} |" for name, predict in named]
     first, *others = (predictor.model for predictor in predictors)
-    with torch.no_grad():  # the fast path sees that the weights have changed
+    with torch.no_grad():
         for name, parameter in first.named_parameters():
             parameter.copy_(torch.stack([parameter, *(other.get_parameter(name) for other in others)]).mean(dim=0))
+    predictors[0].read_weights()
     return [*lines, f"| {' | '.join(['mean weights', *score(predictors[0])])} |"]
 
 

@@ -1,14 +1,18 @@
 """The scripts of experiments/: what two data sets share, a run scored on the other's rows, and runs averaged."""
 
+import shutil
 import subprocess
 import sys
 
 import pyarrow.parquet as pq
 from conftest import ROOT
+from safetensors.numpy import load_file, save_file
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import average
 import transfer
+
+import predict
 
 
 def test_shared_rows_are_found_whatever_their_spelling():
@@ -63,12 +67,13 @@ def test_saved_models_are_scored_on_the_other_set(cli, tiny_data, monkeypatch, c
     assert len(rows) == 2 and all("| sst2 |" in row for row in rows)
 
 
-def test_runs_are_averaged(cli, tiny_data, monkeypatch, capsys):
+def test_runs_are_averaged(cli, tiny_data, monkeypatch, capsys, tmp_path):
     where = ("--dataset_dir", str(tiny_data))
     for seed in "12":
-        words = ("--dataset", "rotten_tomatoes", "--lr", "1e-3", "--epochs", "2", "--seed", seed)
+        words = ("--dataset", "rotten_tomatoes", "--lr", "1e-3", "--precision", "bf16", "--seed", seed)
         assert cli("--finetune", *where, *words)[0] == 0
     one, two = map(str, sorted(cli.runs.iterdir()))
+    monkeypatch.setattr(predict, "CLOSE", 0.0)  # no row is computed again in fp32: that pass reads weights of its own
     capsys.readouterr()
 
     def rows(*runs: str) -> list[list[str]]:
@@ -79,6 +84,12 @@ def test_runs_are_averaged(cli, tiny_data, monkeypatch, capsys):
     first, second, *means = rows(one, two)
     assert first != second and len(means) == 2
     assert rows(one, one) == [first] * 4  # the mean of a run and itself is the run
+    shutil.copytree(one, tmp_path / "turned")  # the head times -3: averaged with the first one's it is that times -1
+    file = tmp_path / "turned" / "model" / "model.safetensors"
+    weights = {name: tensor * (-3 if name.startswith("classifier") else 1) for name, tensor in load_file(file).items()}
+    save_file(weights, file, {"format": "pt"})
+    _, turned, _, mean = rows(one, str(tmp_path / "turned"))
+    assert mean == turned != first
     assert cli("--finetune", *where, "--dataset", "sst2", "--epochs", "1")[0] == 0
     other = next(str(run) for run in cli.runs.iterdir() if run.name.startswith("sst2"))
     monkeypatch.setattr(sys, "argv", ["average.py", *where, one, other])

@@ -6,7 +6,6 @@ B sequences, L tokens each (padded on the right), N = B * L, D width, H heads, d
 
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -116,7 +115,7 @@ class Replay:
     def __init__(self, fast: "FastClassifier", b: int, length: int, first: int, training: bool, save: bool):
         self.fast, self.shape, self.first = fast, Shape(b, length, torch.empty(b, dtype=torch.int64)), first
         self.draw, self.save = Draw(training, b, seeds=fast.seeds), save
-        self.tape, self.tape_back = None, None
+        self.space, self.tape, self.tape_back = Workspace(fast.chunks), None, None
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         self.shape.lengths.copy_(lengths)
@@ -126,10 +125,9 @@ class Replay:
             self.tape.replay()
             return self.cls.clone()
         tape = Tape()
-        with within(self.fast.spaces[0]), tape.recording():
+        with within(self.space), tape.recording():
             self.x, self.dy = empty(*x.shape).copy_(x), empty(self.shape.b, x.shape[1])
-            spaces = None if self.save else self.fast.spaces[1:]
-            self.cls, self.layers = self.fast._forward(self.x, self.shape, self.first, self.draw, spaces)
+            self.cls, self.layers = self.fast._forward(self.x, self.shape, self.first, self.draw, self.save)
         self.tape = tape
         return self.cls.clone()
 
@@ -141,8 +139,8 @@ class Replay:
             self.tape_back.replay()
             return self.stream
         tape = Tape()
-        with tape.recording():
-            self.stream = self.fast._backward(self.dy, self.layers, self.shape, self.fast.spaces[1:])
+        with within(self.space), tape.recording():
+            self.stream = self.fast._backward(self.dy, self.layers, self.shape)
         self.tape_back = tape
         return self.stream
 
@@ -195,7 +193,7 @@ class FastClassifier:
             isinstance(linear.matrix, TiledMatrix) for layer in self.layers for linear in layer.linears
         )
         self.replays: dict[tuple[int, int, bool, bool], Replay] = {}
-        self.spaces = [Workspace() for _ in range(3)]  # for what is kept, and for every other layer's passing numbers
+        self.chunks: list[Tensor] = []  # the memory of all recordings, of which one is in use at a time
         self.seeds = torch.empty(Replay.SEEDS, 1, dtype=torch.int64)
         self.pending: Callable[[], Kept | None] = lambda: None  # whose memory is in use
         self.frozen_prefix = frozen_prefix
@@ -227,8 +225,7 @@ class FastClassifier:
         if replay := self._replay(shape, first, draw, save):
             kept.replay, self.pending = replay, weakref.ref(kept)
             return replay.forward(x, shape.lengths), kept
-        cls, layers = self._forward(x.float(), shape, first, draw)
-        kept.layers = layers if save else []
+        cls, kept.layers = self._forward(x.float(), shape, first, draw, save)
         return cls, kept
 
     def _replay(self, shape: Shape, first: int, draw: Draw, save: bool) -> Replay | None:
@@ -241,25 +238,15 @@ class FastClassifier:
         return self.replays.get(key)
 
     def _forward(
-        self,
-        x: Tensor,
-        shape: Shape,
-        first: int,
-        draw: Draw,
-        spaces: list[Workspace] | None = None,
-        stop: int | None = None,
+        self, x: Tensor, shape: Shape, first: int, draw: Draw, save: bool, stop: int | None = None
     ) -> tuple[Tensor, list]:
         """The layers from `first` to `stop`: [N, D] -> [N, D], or the CLS state [B, D] from the last one; and what
-        their backward needs.
-
-        spaces: the layers' memory, in turns, where there is no backward. The last layer's is the same as there, so that
-        layers of like size share.
-        """
+        their backward needs, if it is to be saved."""
         stream, layers = (x, None), []
         for i, layer in enumerate(self.layers[first:stop], first):
-            with within(spaces[(len(self.layers) - 1 - i) % 2]) if spaces else nullcontext():
-                stream, kept = layer.forward(stream, shape, draw)
-            layers.append(kept if i >= self.first and not spaces else None)
+            stream, kept = layer.forward(stream, shape, draw)
+            layers.append(kept if save and i >= self.first else None)
+            del kept  # its memory is the next layer's, where it is not saved
         return stream[0], layers
 
     def _run_backward(self, dy: Tensor, kept: Kept) -> None:
@@ -275,15 +262,14 @@ class FastClassifier:
                 self.table.grad.index_add_(0, *grads)
         self.arena.fresh = False
 
-    def _backward(self, dy: Tensor, layers: list, shape: Shape, spaces: list[Workspace] | None = None) -> Stream | None:
-        """The gradient of the CLS state -> that of the input. spaces: the layers' memory, in turns."""
+    def _backward(self, dy: Tensor, layers: list, shape: Shape) -> Stream | None:
+        """The gradient of the CLS state -> that of the input."""
         stream = (dy, None)
-        for i, (layer, kept) in enumerate(zip(reversed(self.layers), reversed(layers))):
+        for layer, kept in zip(reversed(self.layers), reversed(layers)):
             if kept is None:
                 break
             lowest = self.first >= 0 and layer is self.layers[self.first]
-            with within(spaces[i % 2]) if spaces else nullcontext():
-                stream = layer.backward(stream, kept, shape, need_dx=not lowest)
+            stream = layer.backward(stream, kept, shape, need_dx=not lowest)
         return stream
 
     def _head(self, cls: Tensor, draw: Draw) -> Tensor:
@@ -293,16 +279,16 @@ class FastClassifier:
         keep = draw(tuple(h.shape), p, h)
         return self.inner.classifier(h if keep is None else h * keep / (1 - p))
 
-    def prefix(self, ids: Tensor, lengths: Tensor, spaces: list[Workspace] | None = None) -> Tensor:
+    def prefix(self, ids: Tensor, lengths: Tensor, space: Workspace | None = None) -> Tensor:
         """ids [B, L] -> output of the embeddings and the frozen layers [B, L, D], without dropout, cacheable.
 
-        spaces: two, for the layers' memory in turns, where many batches follow each other.
+        space: the layers' memory, where many batches follow each other.
         """
-        with torch.inference_mode():
+        with torch.inference_mode(), within(space):
             self.arena.sync_if_changed()
             shape, draw = self._shape(lengths, *ids.shape), Draw(False)
             x, _ = self.embedding.forward(ids, draw)
-            x, _ = self._forward(x, shape, 0, draw, spaces if self.compiled else None, stop=self.frozen_prefix)
+            x, _ = self._forward(x, shape, 0, draw, save=False, stop=self.frozen_prefix)
             return x.to(self.dtype).view(*ids.shape, -1)
 
     def suffix(self, hidden: Tensor, lengths: Tensor, first: int = 0, whole: int | None = None) -> Tensor:

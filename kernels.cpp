@@ -254,17 +254,17 @@ static void lora_down(i64 n, i64 in, i64 r, i64 groups, const T* x, i64 ldx, con
     }
 }
 
-// And back: base [n, in | G r], the gradients of x through the frozen layer and of h -> dx [n, in], with what comes
-// through the adapters, and dA [G, r, in]. A comes as [G, r, whole(in)]; rows of base ldb apart.
+// And back: base [n, in] and dh [n, G r], rows ldb apart, the gradients of x through the frozen layer and of h -> dx
+// [n, in] (unless null), with what comes through the adapters, and dA [G, r, in]. A comes as [G, r, whole(in)].
 template <class T>
 static void lora_backward(i64 n, i64 in, i64 r, i64 groups, const T* x, i64 ldx, const float* A, const int8_t* bits,
-                          const int8_t* limit, float scale, const T* base, i64 ldb, T* dx, float* dA) {
+                          const int8_t* limit, float scale, const T* base, const T* dh, i64 ldb, T* dx, float* dA) {
     const Dropout drop = {bits, limit, scale};
     const i64 wide = whole(in), block = 16;
     ColumnSums sums(groups * r * wide);
 #pragma omp parallel
     {
-        std::vector<float> rows(block * wide), sum(block * wide), kept(wide), dh(block * r);
+        std::vector<float> rows(block * wide), sum(block * wide), kept(wide), down(block * r);
         float* mine = sums.mine();
 #pragma omp for schedule(static)
         for (i64 start = 0; start < n; start += block) {
@@ -273,12 +273,12 @@ static void lora_backward(i64 n, i64 in, i64 r, i64 groups, const T* x, i64 ldx,
                 for (i64 j = 0; j < in; j++) sum[i * wide + j] = load(base[(start + i) * ldb + j]);
             for (i64 g = 0; g < groups; g++) {
                 for (i64 i = 0; i < count; i++) {
-                    for (i64 j = 0; j < r; j++) dh[i * r + j] = load(base[(start + i) * ldb + in + g * r + j]);
+                    for (i64 j = 0; j < r; j++) down[i * r + j] = load(dh[(start + i) * ldb + g * r + j]);
                     drop.apply(in, (g * n + start + i) * in, x + (start + i) * ldx, rows.data() + i * wide);
                 }
-                product<true>(r, wide, count, dh.data(), 1, r, rows.data(), wide, mine + g * r * wide, wide);
+                product<true>(r, wide, count, down.data(), 1, r, rows.data(), wide, mine + g * r * wide, wide);
                 if (!dx) continue;
-                product(count, wide, r, dh.data(), r, 1, A + g * r * wide, wide, rows.data(), wide);
+                product(count, wide, r, down.data(), r, 1, A + g * r * wide, wide, rows.data(), wide);
                 for (i64 i = 0; i < count; i++) {
                     float *__restrict to = sum.data() + i * wide, *__restrict from = kept.data();
                     drop.apply(in, (g * n + start + i) * in, rows.data() + i * wide, from);

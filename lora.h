@@ -109,10 +109,10 @@ static void lora_up_gradient(i64 n, i64 out, i64 r, i64 groups, const i64* offse
     }
 }
 
-// And back: base [n, in | G r], the gradients of x through the frozen layer and of h -> dx [n, in] (unless null), with
-// what comes through the adapters.
-static void lora_dx(i64 n, i64 in, i64 r, i64 groups, const bf16* A, const Dropout& drop, const bf16* base, i64 ldb,
-                    bf16* dx) {
+// And back: base [n, in] and dh [n, G r], rows ldb apart, the gradients of x through the frozen layer and of h
+// -> dx [n, in], with what comes through the adapters.
+static void lora_dx(i64 n, i64 in, i64 r, i64 groups, const bf16* A, const Dropout& drop, const bf16* base,
+                    const bf16* dh, i64 ldb, bf16* dx) {
     const i64 deep = (r + DEEP - 1) / DEEP, columns = in / 32;
 #pragma omp parallel
     {
@@ -132,7 +132,7 @@ static void lora_dx(i64 n, i64 in, i64 r, i64 groups, const bf16* A, const Dropo
             const i64 rows = std::min(ROWS, n - first);
             for (i64 g = 0; g < groups; g++)
                 for (i64 p = 0; p < deep; p++)
-                    pad_tile(base + first * ldb + in + g * r + p * DEEP, ldb, rows, std::min(DEEP, r - p * DEEP),
+                    pad_tile(dh + first * ldb + g * r + p * DEEP, ldb, rows, std::min(DEEP, r - p * DEEP),
                              left.at(g * deep + p));
             for (i64 c = 0; c < columns; c++) {
                 for (i64 g = 0; g < groups; g++) {
@@ -197,11 +197,11 @@ static void lora_down_gradient(i64 n, i64 in, i64 r, i64 groups, const bf16* x, 
 }
 
 static void lora_backward_tiles(i64 n, i64 in, i64 r, i64 groups, const bf16* x, i64 ldx, const bf16* A,
-                                const int8_t* bits, const int8_t* limit, float scale, const bf16* base, i64 ldb,
-                                bf16* dx, bf16* dA) {
+                                const int8_t* bits, const int8_t* limit, float scale, const bf16* base,
+                                const bf16* dh, i64 ldb, bf16* dx, bf16* dA) {
     const Dropout drop = {bits, limit, scale};
-    if (dx) lora_dx(n, in, r, groups, A, drop, base, ldb, dx);
-    lora_down_gradient(n, in, r, groups, x, ldx, drop, base + in, ldb, dA);
+    if (dx) lora_dx(n, in, r, groups, A, drop, base, dh, ldb, dx);
+    lora_down_gradient(n, in, r, groups, x, ldx, drop, dh, ldb, dA);
 }
 
 // After a step: the columns of wide [out, columns] from `in` on become factors * B, block by block, and are packed.
@@ -221,5 +221,5 @@ static void lora_down_tiles(i64, i64, i64, i64, const bf16*, i64, const bf16*, c
                             bf16*, i64, i64) {}
 static void lora_up_gradient(i64, i64, i64, i64, const i64*, const float*, const bf16*, i64, const bf16*, i64, bf16*) {}
 static void lora_backward_tiles(i64, i64, i64, i64, const bf16*, i64, const bf16*, const int8_t*, const int8_t*, float,
-                                const bf16*, i64, bf16*, bf16*) {}
+                                const bf16*, const bf16*, i64, bf16*, bf16*) {}
 #endif

@@ -7,6 +7,9 @@ the weights anyway, and all that a pass makes in a `Workspace`.
 
 import math
 import struct
+import weakref
+from bisect import insort
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,45 +24,46 @@ _space: ContextVar["Workspace | None"] = ContextVar("space", default=None)
 
 
 class Workspace:
-    """Memory that is handed out from the beginning again in every pass. It grows by chunks and never moves."""
+    """Memory that is given out again as soon as no tensor lies on it: what a pass makes takes as little as it can, and
+    takes it at the same addresses in the next pass. It grows by chunks and never moves.
 
-    def __init__(self) -> None:
-        self.chunks: list[Tensor] = []
-        self.rewind()
+    Workspaces of the same `chunks` share their memory: only one of them is in use at a time.
+    """
 
-    def rewind(self) -> None:
-        self.chunk, self.used = 0, 0
+    def __init__(self, chunks: list[Tensor] | None = None) -> None:
+        self.chunks: list[Tensor] = [] if chunks is None else chunks
+        self.taken: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)  # by chunk: [start, stop), in order
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        size = -(-math.prod(shape) * dtype.itemsize // 64) * 64
-        while self.chunk < len(self.chunks) and self.used + size > len(self.chunks[self.chunk]):
-            self.chunk, self.used = self.chunk + 1, 0
-        if self.chunk == len(self.chunks):
-            self.chunks.append(torch.empty(max(size, CHUNK), dtype=torch.uint8))
-        part = self.chunks[self.chunk][self.used : self.used + math.prod(shape) * dtype.itemsize]
-        self.used += size
-        return part.view(dtype).view(shape)
+        size = math.prod(shape) * dtype.itemsize
+        room = max(-(-size // 64) * 64, 64)
+        chunk, start = self._first_fit(room)
+        taken, place = self.taken[chunk], (start, start + room)
+        insort(taken, place)
+        memory = memoryview(self.chunks[chunk].numpy())[start : start + room]
+        weakref.finalize(memory, taken.remove, place).atexit = False  # whatever lies on it keeps `memory` alive
+        return torch.frombuffer(memory, dtype=torch.uint8)[:size].view(dtype).view(shape)
+
+    def _first_fit(self, size: int) -> tuple[int, int]:
+        """Chunk and place of the first gap for `size` bytes."""
+        for number, chunk in enumerate(self.chunks):
+            start = 0
+            for begin, end in (*self.taken[number], (len(chunk), 0)):
+                if begin - start >= size:
+                    return number, start
+                start = end
+        self.chunks.append(torch.empty(max(size, CHUNK), dtype=torch.uint8))
+        return len(self.chunks) - 1, 0
 
 
 @contextmanager
-def within(space: Workspace) -> Iterator[None]:
-    """`empty` takes memory from the beginning of `space`."""
-    space.rewind()
+def within(space: Workspace | None) -> Iterator[None]:
+    """`empty` takes memory from `space`, if there is one."""
     token = _space.set(space)
     try:
         yield
     finally:
         _space.reset(token)
-
-
-@contextmanager
-def scratch() -> Iterator[None]:
-    """What `empty` gives in here is free again behind it."""
-    space = _space.get()
-    mark = space and (space.chunk, space.used)
-    yield
-    if space:
-        space.chunk, space.used = mark
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Tensor:

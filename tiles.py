@@ -31,9 +31,9 @@ class Matrix:
         """x w^T + bias: [N, in] -> [N, out]."""
         return x @ self.w.t() if bias is None else torch.addmm(bias, x, self.w.t())
 
-    def backward(self, dy: Tensor) -> Tensor:
-        """dy w: [N, out] -> [N, in]."""
-        return dy @ self.w
+    def backward(self, dy: Tensor, first: int = 0) -> Tensor:
+        """dy w: [N, out] -> [N, in], from column `first` on (a multiple of 32)."""
+        return dy @ self.w[:, first:]
 
 
 class TiledMatrix(Matrix):
@@ -52,8 +52,9 @@ class TiledMatrix(Matrix):
         y = self._multiply(x, self.w.shape[0], self.packed)
         return y if bias is None else y.add_(bias)
 
-    def backward(self, dy: Tensor) -> Tensor:
-        return self._multiply(dy, self.w.shape[1], self.packed_back)
+    def backward(self, dy: Tensor, first: int = 0) -> Tensor:
+        out, width = self.w.shape
+        return self._multiply(dy, width - first, self.packed_back.view(-1)[first * out :])
 
     @staticmethod
     def _multiply(x: Tensor, columns: int, packed: Tensor) -> Tensor:

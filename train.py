@@ -172,7 +172,7 @@ def cache_prefix(job: runs.Job, engine: Engine, record: dict[str, Any], progress
     with job.accelerator.main_process_first():
         splits = with_prefix(
             job.splits,
-            partial(engine.classifier.prefix, spaces=[Workspace(), Workspace()]),
+            partial(engine.classifier.prefix, space=Workspace()),
             content,
             job.model.config.hidden_size,
             engine.classifier.dtype,

@@ -100,15 +100,32 @@ def test_seeds_drawn_together_are_those_drawn_one_by_one():
     assert torch.equal(together, torch.stack([random_seeds(torch.empty(1, dtype=torch.int64)) for _ in together]))
 
 
-def test_a_workspace_hands_out_the_same_memory_again_and_never_moves():
+def test_a_workspace_gives_memory_out_again_when_no_tensor_lies_on_it_and_never_moves():
     space = Workspace()
-    sizes = [(3, 5), (1000, 1000), (7,), (1500, 1000), (64,)]
+
+    def fill(tensors: list[Tensor]) -> None:
+        for i, tensor in enumerate(tensors):
+            tensor.fill_(i)
+        assert [tensor.unique().tolist() for tensor in tensors] == [[i] for i in range(len(tensors))]  # none overlap
+
+    sizes = [(3, 5), (1000, 1000), (7,), (1500, 1000), (64,), (4000, 5000)]  # the last is larger than a chunk
     first = [space.empty(size, torch.float32) for size in sizes]
-    for i, part in enumerate(first):
-        part.fill_(i)
-    assert [part.unique().tolist() for part in first] == [[i] for i in range(len(sizes))]  # none overlaps another
-    assert all(part.data_ptr() % 64 == 0 for part in first)
-    for _ in range(2):
-        space.rewind()
-        assert [space.empty(size, torch.float32).data_ptr() for size in sizes] == [p.data_ptr() for p in first]
-        space.empty((2000, 2000), torch.float32)
+    fill(first)
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in first)
+    addresses, part, kept = [t.data_ptr() for t in first], first[1][5:, 3], first[3]
+    del first
+    again = space.empty((1000, 1000), torch.float32)
+    assert again.data_ptr() != addresses[1]  # a view of the one before is alive
+    assert space.empty((2, 5), torch.float32).data_ptr() == addresses[0]
+    fill([part, kept, again])
+    del part, kept, again
+    for _ in range(3):
+        assert [tensor.data_ptr() for tensor in [space.empty(size, torch.float32) for size in sizes]] == addresses
+    assert space.empty((0, 4), torch.bfloat16).shape == (0, 4)
+    assert not any(space.taken.values()) and len(space.chunks) == 2
+
+
+def test_workspaces_that_share_chunks_give_out_the_same_memory():
+    chunks: list[Tensor] = []
+    one, other = Workspace(chunks).empty((9, 9), torch.float32), Workspace(chunks).empty((3, 3), torch.float32)
+    assert one.data_ptr() == other.data_ptr() and len(chunks) == 1

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import kernels
 from dropout import Draw, random_seeds
 from fused import FusedLayer
-from layers import Embedding, Layer, Shape, Stream, total
+from layers import Embedding, Head, Layer, Shape, Stream, total
 from linear import Arena, base_layer
 from tape import Tape, Workspace, empty, within
 from tiles import TiledMatrix
@@ -68,8 +68,8 @@ def _unsupported_lora(module: nn.Module) -> str | None:
     return None
 
 
-def _read_parameters(inner: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
-    """What the fast path reads but the word embeddings: the layers' matrices, the rest, the head.
+def _read_parameters(inner: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """What the fast path reads but the word embeddings: the layers' matrices, and the rest.
 
     The parameters of one fused product stand side by side.
     """
@@ -84,13 +84,13 @@ def _read_parameters(inner: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
         others += [*block.sa_layer_norm.parameters(), *block.output_layer_norm.parameters()]
     embeddings = inner.distilbert.embeddings
     others += [embeddings.position_embeddings.weight, *embeddings.LayerNorm.parameters()]
-    return matrices, others, _head_parameters(inner)
+    others += [p for module in _head_modules(inner) for p in module.parameters()]
+    return matrices, others
 
 
-def _head_parameters(inner: nn.Module) -> list[nn.Parameter]:
+def _head_modules(inner: nn.Module) -> list[nn.Linear]:
     heads = (inner.pre_classifier, inner.classifier)
-    chosen = [h.modules_to_save[h.active_adapters[0]] if hasattr(h, "modules_to_save") else h for h in heads]
-    return [p for module in chosen for p in module.parameters()]
+    return [h.modules_to_save[h.active_adapters[0]] if hasattr(h, "modules_to_save") else h for h in heads]
 
 
 @dataclass
@@ -98,7 +98,8 @@ class Kept:
     """What backward needs of a forward pass."""
 
     embedding: tuple | None  # None: it has no gradient
-    layers: list  # of those that ran, None where there is no gradient
+    layers: list | None  # of those that ran, None where there is no gradient
+    head: tuple
     shape: Shape
     replay: "Replay | None" = None  # the layers' memory is that of a recording
 
@@ -133,28 +134,27 @@ class Replay:
 
     def backward(self, dy: Tensor) -> Stream:
         self.dy.copy_(dy)
-        if not self.fast.arena.fresh:  # gradients are added up: not by kernels alone
-            return self.fast._backward(self.dy, self.layers, self.shape)
         if self.tape_back is not None:
             self.tape_back.replay()
             return self.stream
         tape = Tape()
         with within(self.space), tape.recording():
             self.stream = self.fast._backward(self.dy, self.layers, self.shape)
-        self.tape_back = tape
+        self.tape_back, self.layers = tape, None  # the addresses are on the tape
         return self.stream
 
 
-class _Encode(torch.autograd.Function):
-    """The encoder as one autograd node: its backward writes the gradients where the optimiser reads them."""
+class _Classify(torch.autograd.Function):
+    """The model as one autograd node: its backward writes the gradients where the optimiser reads them."""
 
     @staticmethod
     def forward(
         ctx, anchor: Tensor, fast: "FastClassifier", source: Tensor, shape: Shape, from_ids: bool, draw: Draw
     ) -> Tensor:
         cls, ctx.kept = fast._run(source, shape, from_ids, draw, save=True)
+        logits, ctx.kept.head = fast.head.forward(cls, draw)
         ctx.fast = fast
-        return cls
+        return logits
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -182,6 +182,7 @@ class FastClassifier:
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.arena = Arena(*_read_parameters(self.inner), self.dtype)
         self.embedding = Embedding(self.arena, encoder.embeddings, config.dropout)
+        self.head = Head(self.arena, _head_modules(self.inner), config.seq_classif_dropout)
         self.table = self.embedding.table
         blocks = encoder.transformer.layer
         self.compiled = self.table.device.type == "cpu" and kernels.library() is not None
@@ -220,7 +221,7 @@ class FastClassifier:
             x, embedded = self.embedding.forward(source, draw)
         else:
             x = source.flatten(0, 1)
-        kept = Kept(embedded if save and self.embedding.trained else None, [], shape)
+        kept = Kept(embedded if save and self.embedding.trained else None, None, (), shape)
         first = 0 if from_ids else self.frozen_prefix
         if replay := self._replay(shape, first, draw, save):
             kept.replay, self.pending = replay, weakref.ref(kept)
@@ -250,17 +251,17 @@ class FastClassifier:
         return stream[0], layers
 
     def _run_backward(self, dy: Tensor, kept: Kept) -> None:
-        if not self.arena.fresh:
-            self.arena.widen()
-        stream = kept.replay.backward(dy) if kept.replay else self._backward(dy, kept.layers, kept.shape)
-        if kept.embedding is not None:
-            grads = self.embedding.backward(total(stream), kept.embedding)
-            if grads and self.lazy:
-                self.table_grads.append(grads)
-            elif grads:
-                self.table.grad = torch.zeros_like(self.table) if self.table.grad is None else self.table.grad
-                self.table.grad.index_add_(0, *grads)
-        self.arena.fresh = False
+        grads = None
+        with self.arena.adding():
+            dy = self.head.backward(dy, kept.head)
+            stream = kept.replay.backward(dy) if kept.replay else self._backward(dy, kept.layers, kept.shape)
+            if kept.embedding is not None:
+                grads = self.embedding.backward(total(stream), kept.embedding)
+        if grads and self.lazy:
+            self.table_grads.append(grads)
+        elif grads:
+            self.table.grad = torch.zeros_like(self.table) if self.table.grad is None else self.table.grad
+            self.table.grad.index_add_(0, *grads)
 
     def _backward(self, dy: Tensor, layers: list, shape: Shape) -> Stream | None:
         """The gradient of the CLS state -> that of the input."""
@@ -271,13 +272,6 @@ class FastClassifier:
             lowest = self.first >= 0 and layer is self.layers[self.first]
             stream = layer.backward(stream, kept, shape, need_dx=not lowest)
         return stream
-
-    def _head(self, cls: Tensor, draw: Draw) -> Tensor:
-        """CLS state [B, D] -> logits [B, C], in fp32 by ordinary autograd."""
-        h = torch.relu(self.inner.pre_classifier(cls))
-        p = self.inner.config.seq_classif_dropout
-        keep = draw(tuple(h.shape), p, h)
-        return self.inner.classifier(h if keep is None else h * keep / (1 - p))
 
     def prefix(self, ids: Tensor, lengths: Tensor, space: Workspace | None = None) -> Tensor:
         """ids [B, L] -> output of the embeddings and the frozen layers [B, L, D], without dropout, cacheable.
@@ -313,7 +307,6 @@ class FastClassifier:
         self.arena.sync_if_changed()
         shape = self._shape(lengths, source.shape[0], source.shape[1])
         if torch.is_grad_enabled():
-            cls = _Encode.apply(self.anchor, self, source, shape, from_ids, draw)
-        else:
-            cls, _ = self._run(source, shape, from_ids, draw, save=False)
-        return self._head(cls, draw)
+            return _Classify.apply(self.anchor, self, source, shape, from_ids, draw)
+        cls, _ = self._run(source, shape, from_ids, draw, save=False)
+        return self.head.forward(cls, draw)[0]

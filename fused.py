@@ -65,7 +65,7 @@ class FusedLoraLinear(LoraLinear):
         ddown = torch.empty_like(self.wide_down)
         kernels.call("lora_backward", dy.dtype, len(dy), self.width, self.r, groups, wide, wide.stride(0), self.padded,
                      *drop, *base, dx, ddown)  # fmt: skip
-        self.arena.put_matrix(self.ddown, ddown.flatten(0, 1))
+        self.ddown.copy_(ddown.flatten(0, 1))
         return dx
 
 
@@ -92,16 +92,13 @@ class TiledLoraLinear(FusedLoraLinear):
                      self.offsets, self.factors, self.up[0], self.wide, matrix.packed, matrix.packed_back)  # fmt: skip
 
     def backward(self, dy: Tensor, saved: tuple, need_dx: bool = True, need_bias: bool = True) -> Tensor | None:
-        (wide, drop), groups, fresh = saved, len(self.parts), self.arena.fresh
-        dup, ddown = (grad[0] if fresh else torch.empty_like(grad[0]) for grad in (self.dups, self.ddown))
+        (wide, drop), groups = saved, len(self.parts)
         kernels.call("lora_up_gradient", dy.dtype, len(dy), self.up[0].shape[0], self.r, groups, self.offsets,
-                     self.factors, dy, dy.stride(0), wide[:, self.width :], wide.stride(0), dup)  # fmt: skip
+                     self.factors, dy, dy.stride(0), wide[:, self.width :], wide.stride(0), self.dups)  # fmt: skip
         dx = empty(len(dy), self.width, dtype=dy.dtype) if need_dx else None
         base = self.base_backward(dy, need_dx)
         kernels.call("lora_backward_tiles", dy.dtype, len(dy), self.width, self.r, groups, wide, wide.stride(0),
-                     self.matrices, *drop, *base, dx, ddown)  # fmt: skip
-        if not fresh:
-            self.dups[1].add_(dup), self.ddown[1].add_(ddown)
+                     self.matrices, *drop, *base, dx, self.ddown)  # fmt: skip
         return dx
 
 
@@ -119,7 +116,7 @@ class FusedLayer(Layer):
 
     def __init__(self, arena: Arena, block: nn.Module, config, last: bool):
         super().__init__(arena, block, config, last)
-        self.arena, self.heads, self.width = arena, config.n_heads, config.dim
+        self.heads, self.width = config.n_heads, config.dim
         readers = (self.q, self.kv) if last else (self.qkv,)
         self.biases = [bias for linear in readers for bias in linear.wide_bias.split(self.width)]  # of q, k and v
 
@@ -147,7 +144,7 @@ class FusedLayer(Layer):
         (dy, more), (z, mean, rstd) = stream, saved
         dx, half = empty(*z.shape), empty(*z.shape, dtype=self.dtype)
         kernels.call("add_norm_backward", self.dtype, *z.shape, dy, more, z, mean, rstd, norm.weight, *drop,
-                     dx, half, norm.dweight, norm.dbias, linear.dbias, not self.arena.fresh)  # fmt: skip
+                     dx, half, norm.dweight, norm.dbias, linear.dbias)  # fmt: skip
         return dx, half
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, shape: Shape, draw: Draw) -> tuple[Tensor, tuple]:
@@ -174,7 +171,7 @@ class FusedLayer(Layer):
 
     def _bias(self, linear: Linear, dy: Tensor) -> None:
         if linear.dbias is not None:
-            kernels.call("column_sums", self.dtype, *dy.shape, dy, linear.dbias, not self.arena.fresh)
+            kernels.call("column_sums", self.dtype, *dy.shape, dy, linear.dbias)
 
     def forward(self, stream: Stream, shape: Shape, draw: Draw) -> tuple[Stream, tuple]:
         x, full = stream
@@ -203,7 +200,7 @@ class FusedLayer(Layer):
         saved_in, saved_core, saved_out, saved1, saved_u, slope, saved_f, drop, saved2 = saved
         dz, d = self._add_norm_backward(stream, saved2, drop, self.norm2, self.lin2)
         d = self.lin2.backward(d, saved_f, need_bias=False)
-        kernels.call("gelu_backward", self.dtype, *slope.shape, slope, d, self.lin1.dbias, not self.arena.fresh)
+        kernels.call("gelu_backward", self.dtype, *slope.shape, slope, d, self.lin1.dbias)
         d = self.lin1.backward(d, saved_u, need_bias=False)
         dz, d = self._add_norm_backward((dz, d), saved1, NOTHING, self.norm1, self.out)
         dcontext = self.out.backward(d, saved_out, need_bias=False)

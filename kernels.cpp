@@ -51,7 +51,7 @@ static void add_norm(i64 n, i64 d, const float* x, i64 ldx, const T* y, const fl
 template <class T>
 static void add_norm_backward(i64 n, i64 d, const float* dy, const T* more, const float* z, const float* mean,
                               const float* rstd, const float* weight, const int8_t* bits, const int8_t* limit,
-                              float scale, float* dz, T* half, float* dweight, float* dbias, float* dlinear, bool add) {
+                              float scale, float* dz, T* half, float* dweight, float* dbias, float* dlinear) {
     const Dropout drop = {bits, limit, scale};
     ColumnSums sums(3 * d);
     std::vector<float> rows(omp_get_max_threads() * d);
@@ -77,7 +77,7 @@ static void add_norm_backward(i64 n, i64 d, const float* dy, const T* more, cons
         for (i64 j = 0; j < d; j++) store(hi[j], g[j]);
         for (i64 j = 0; j < d; j++) dl[j] += load(hi[j]);
     }
-    sums.put(dweight, 0, d, add), sums.put(dbias, d, d, add), sums.put(dlinear, 2 * d, d, add);
+    sums.put(dweight, 0, d), sums.put(dbias, d, d), sums.put(dlinear, 2 * d, d);
 }
 
 // y = gelu(u + shift), and u becomes the derivative there, which is all that the way back needs: a product instead of
@@ -98,7 +98,7 @@ static void gelu(i64 n, i64 d, T* u, const float* shift, T* y, i64 ldy) {
 
 // dy *= derivative, with the sums over rows.
 template <class T>
-static void gelu_backward(i64 n, i64 d, const T* derivative, T* dy, float* dlinear, bool add) {
+static void gelu_backward(i64 n, i64 d, const T* derivative, T* dy, float* dlinear) {
     ColumnSums sums(d);
 #pragma omp parallel for schedule(static)
     for (i64 i = 0; i < n; i++) {
@@ -110,7 +110,7 @@ static void gelu_backward(i64 n, i64 d, const T* derivative, T* dy, float* dline
             dl[j] += load(to[j]);
         }
     }
-    sums.put(dlinear, 0, d, add);
+    sums.put(dlinear, 0, d);
 }
 
 // Heads of one batch: q [B, Lq, ldq], k and v [B, L, ldk]; head h has the d columns from h * d on, of the biases too.
@@ -289,18 +289,18 @@ static void lora_backward(i64 n, i64 in, i64 r, i64 groups, const T* x, i64 ldx,
                 for (i64 j = 0; j < in; j++) store(dx[(start + i) * in + j], sum[i * wide + j]);
         }
     }
-    for (i64 row = 0; row < groups * r; row++) sums.put(dA + row * in, row * wide, in, false);
+    for (i64 row = 0; row < groups * r; row++) sums.put(dA + row * in, row * wide, in);
 }
 
 template <class T>
-static void column_sums(i64 n, i64 d, const T* x, float* to, bool add) {
+static void column_sums(i64 n, i64 d, const T* x, float* to) {
     ColumnSums sums(d);
 #pragma omp parallel for schedule(static)
     for (i64 i = 0; i < n; i++) {
         float* sum = sums.mine();
         for (i64 j = 0; j < d; j++) sum[j] += load(x[i * d + j]);
     }
-    sums.put(to, 0, d, add);
+    sums.put(to, 0, d);
 }
 
 // x [n, d], rows ldx apart -> to, rows ldt apart.

@@ -65,10 +65,10 @@ class ColumnSums {
   public:
     explicit ColumnSums(i64 columns) : columns(columns), parts(omp_get_max_threads() * columns, 0.0f) {}
     float* mine() { return parts.data() + omp_get_thread_num() * columns; }
-    void put(float* to, i64 first, i64 count, bool add) {
+    void put(float* to, i64 first, i64 count) {
         if (!to) return;
         for (i64 j = 0; j < count; j++) {
-            float sum = add ? to[j] : 0.0f;
+            float sum = 0;
             for (size_t start = first; start < parts.size(); start += columns) sum += parts[start + j];
             to[j] = sum;
         }

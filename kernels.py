@@ -28,16 +28,16 @@ SOURCES = [
 ]
 FLAGS = ["-std=c++20", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
          "-mprefer-vector-width=512", "-shared", "-fPIC"]  # fmt: skip
-SIGNATURES = {  # i: int64, p: pointer, f: float, b: bool; in the order of kernels.cpp's table
+SIGNATURES = {  # i: int64, p: pointer, f: float; in the order of kernels.cpp's table
     "add_norm": "iipipp" + "ppf" + "ppf" + "pppipp",
-    "add_norm_backward": "iipppppp" + "ppf" + "pppppb",
+    "add_norm_backward": "iipppppp" + "ppf" + "ppppp",
     "gelu": "iipppi",
-    "gelu_backward": "iipppb",
+    "gelu_backward": "iippp",
     "attend": "iiiiiii" + "ppppppp" + "ppf" + "pip",
     "attend_backward": "iiiiiii" + "ppppppp" + "ppf" + "ppppp",
     "lora_down": "iiiipip" + "ppf" + "pii",
     "lora_backward": "iiiipip" + "ppf" + "ppipp",
-    "column_sums": "iippb",
+    "column_sums": "iipp",
     "square_sum": "ip",
     "draw": "pipiiip",
     "adamw": "ipppppp",
@@ -57,8 +57,8 @@ SIGNATURES = {  # i: int64, p: pointer, f: float, b: bool; in the order of kerne
     "replay": "ip",
 }
 RESULTS = {"square_sum": ctypes.c_double, "tiles_allowed": ctypes.c_bool}
-TYPES = {"i": ctypes.c_int64, "p": ctypes.c_void_p, "f": ctypes.c_float, "b": ctypes.c_bool}
-SLOTS = {"i": "q", "p": "Q", "f": "f4x", "b": "?7x"}  # the same on a tape: eight bytes each
+TYPES = {"i": ctypes.c_int64, "p": ctypes.c_void_p, "f": ctypes.c_float}
+SLOTS = {"i": "q", "p": "Q", "f": "f4x"}  # the same on a tape: eight bytes each
 NAMES = {torch.bfloat16: "bf16", torch.float32: "float"}
 
 

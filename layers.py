@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dropout import Draw
-from linear import Arena, Linear, LoraLinear, apply, make_linear
+from linear import Arena, Linear, LoraLinear, apply, make_linear, put
 
 aten = torch.ops.aten
 Stream = tuple[Tensor, Tensor | None]  # between layers: see Layer.forward and Layer.backward
@@ -28,7 +28,7 @@ class Norm:
     """Layer norm in fp32 on fp32 input, with ATen's own backward."""
 
     def __init__(self, arena: Arena, module: nn.LayerNorm):
-        self.arena, self.eps = arena, module.eps
+        self.eps = module.eps
         self.weight, self.bias = module.weight.data, module.bias.data
         self.dweight, self.dbias = arena.grad_view([module.weight]), arena.grad_view([module.bias])
 
@@ -43,7 +43,7 @@ class Norm:
             dy, z, [z.shape[-1]], mean, rstd, self.weight, self.bias, [True, train, train]
         )
         if train:
-            self.arena.put(self.dweight, dw), self.arena.put(self.dbias, db)
+            put(self.dweight, dw), put(self.dbias, db)
         return dz
 
 
@@ -211,7 +211,7 @@ class Embedding:
 
     def __init__(self, arena: Arena, module: nn.Module, p: float):
         words = module.word_embeddings
-        self.arena, self.p, self.table, self.pad = arena, p, words.weight, words.padding_idx
+        self.p, self.table, self.pad = p, words.weight, words.padding_idx
         self.position = module.position_embeddings.weight
         self.dposition = arena.grad_view([self.position])
         self.norm = Norm(arena, module.LayerNorm)
@@ -231,9 +231,8 @@ class Embedding:
             dy = (dy * keep).mul_(1 / (1 - self.p))
         dz = self.norm.backward(dy, saved_norm)
         if self.dposition is not None:
-            if self.arena.fresh:
-                self.dposition.zero_()
-            self.dposition[: ids.shape[1]] += dz.view(*ids.shape, -1).sum(0)
+            self.dposition.zero_()
+            torch.sum(dz.view(*ids.shape, -1), 0, out=self.dposition[: ids.shape[1]])
         if not self.table.requires_grad:
             return None
         rows, index = torch.unique(ids, return_inverse=True)
@@ -241,3 +240,31 @@ class Embedding:
         if self.pad is not None:
             grad *= (rows != self.pad)[:, None]
         return rows, grad
+
+
+class Head:
+    """What makes logits of the CLS state: relu(x W1' + b1), dropout, and a product with W2, in fp32."""
+
+    def __init__(self, arena: Arena, modules: list[nn.Linear], p: float):
+        params = [(module.weight, module.bias) for module in modules]
+        (self.w1, self.b1), (self.w2, self.b2) = ((weight.data, bias.data) for weight, bias in params)
+        (self.dw1, self.db1), (self.dw2, self.db2) = (
+            (arena.grad_view([weight]), arena.grad_view([bias])) for weight, bias in params
+        )
+        self.p = p
+
+    def forward(self, cls: Tensor, draw: Draw) -> tuple[Tensor, tuple]:
+        """[B, D] -> logits [B, C]."""
+        h = torch.addmm(self.b1, cls, self.w1.t()).relu_()
+        keep = draw(tuple(h.shape), self.p, h)
+        used = h if keep is None else (h * keep).mul_(1 / (1 - self.p))
+        return torch.addmm(self.b2, used, self.w2.t()), (cls, h, keep, used)
+
+    def backward(self, dy: Tensor, saved: tuple) -> Tensor:
+        cls, h, keep, used = saved
+        put(self.dw2, dy.t() @ used), put(self.db2, dy.sum(0))
+        dh = (dy @ self.w2).mul_(h > 0)
+        if keep is not None:
+            dh.mul_(keep).mul_(1 / (1 - self.p))
+        put(self.dw1, dh.t() @ cls), put(self.db1, dh.sum(0))
+        return dh @ self.w1

@@ -4,6 +4,7 @@ Shapes: N tokens, D width, r rank.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
@@ -12,6 +13,12 @@ from torch import Tensor, nn
 from dropout import Draw
 from tape import empty
 from tiles import TiledMatrix, gradient, matrix
+
+
+def put(target: Tensor | None, value: Tensor) -> None:
+    """target: of a gradient, None where it is not wanted."""
+    if target is not None:
+        target.copy_(value)
 
 
 def base_layer(module: nn.Module) -> nn.Linear:
@@ -26,18 +33,11 @@ class Arena:
 
     The gradients of `matrices` are products in bf16. As long as there is one backward a step they stay so, in
     `half`: the optimiser reads them there, and no pass widens them (6 ms of a step). `widen` does, for a sum.
+    A backward writes every gradient anew, inside `adding`, which adds up.
     """
 
-    def __init__(
-        self,
-        matrices: list[nn.Parameter],
-        others: list[nn.Parameter],
-        by_autograd: list[nn.Parameter],
-        dtype: torch.dtype,
-    ):
-        """by_autograd: parameters whose gradients autograd adds itself."""
-        self.by_autograd = [p for p in by_autograd if p.requires_grad]
-        params, others = matrices + others + by_autograd, others + by_autograd
+    def __init__(self, matrices: list[nn.Parameter], others: list[nn.Parameter], dtype: torch.dtype):
+        params = matrices + others
         self.matrices = [p for p in matrices if p.requires_grad]
         self.decayed = self.matrices + [p for p in others if p.requires_grad and p.ndim >= 2]
         self.plain = [p for p in others if p.requires_grad and p.ndim < 2]
@@ -72,17 +72,27 @@ class Arena:
     def grad_view(self, params: list[nn.Parameter]) -> Tensor | None:
         return self.view(self.grad, params) if params[0].requires_grad else None
 
-    def matrix_grad(self, params: list[nn.Parameter]) -> tuple[Tensor, Tensor] | None:
-        """(in `half`, in `grad`): what `put_product` writes."""
-        return (self.view(self.half, params), self.view(self.grad, params)) if params[0].requires_grad else None
+    def matrix_grad(self, params: list[nn.Parameter]) -> Tensor | None:
+        return self.view(self.half, params) if params[0].requires_grad else None
 
     def reset_grad(self) -> None:
-        """The next backward overwrites instead of adding: no pass over the gradient to fill it with zeros."""
+        """Forget the gradient: no pass fills it with zeros."""
         self.fresh, self.widened = True, self.half.dtype == self.grad.dtype
         for p, view in self.grads:
             p.grad = view
-        for p in self.by_autograd:
-            p.grad.zero_()
+
+    @contextmanager
+    def adding(self) -> Iterator[None]:
+        """Around a backward: adds the gradient from before, if there is one."""
+        if self.fresh:
+            yield
+        else:
+            self.widen()
+            before, self.widened = self.grad.clone(), self.half.dtype == self.grad.dtype
+            yield
+            self.widen()
+            self.grad += before
+        self.fresh = False
 
     def widen(self) -> None:
         """Make `grad` hold all of the gradient."""
@@ -111,20 +121,6 @@ class Arena:
     def pack(self) -> None:
         for packed in self.packed.values():
             packed.pack()
-
-    def put(self, target: Tensor | None, value: Tensor) -> None:
-        if target is not None:
-            target.copy_(value) if self.fresh else target.add_(value)
-
-    def put_matrix(self, target: tuple[Tensor, Tensor], value: Tensor) -> None:
-        self.put(target[0] if self.fresh else target[1], value)
-
-    def put_product(self, target: tuple[Tensor, Tensor], dy: Tensor, x: Tensor) -> None:
-        """target (+)= dy^T x."""
-        if self.fresh:
-            gradient(dy, x, target[0], self.square(target[0].storage_offset()))
-        else:
-            target[1].add_(gradient(dy, x))
 
     def square(self, place: int) -> Tensor | None:
         """Where the sum of the squares of the product at `place` goes: optim.py reads those of packed matrices."""
@@ -186,9 +182,9 @@ class Linear:
 
     def backward(self, dy: Tensor, saved: tuple, need_dx: bool = True, need_bias: bool = True) -> Tensor | None:
         if self.dweight is not None:
-            self.arena.put_product(self.dweight, dy, saved[0])
+            gradient(dy, saved[0], self.dweight, self.arena.square(self.dweight.storage_offset()))
             if need_bias:
-                self.arena.put(self.dbias, dy.sum(0))
+                put(self.dbias, dy.sum(0))
         return self.matrix.backward(dy) if need_dx else None  # [N, in]
 
 
@@ -266,14 +262,14 @@ class LoraLinear(Linear):
         """The gradients of the matrices B. h: [N, G r] and columns of no account, dy: [N, out]."""
         dup = gradient(h, dy)  # [G r, out], of which the blocks count
         for g, rows, columns in self.slots():
-            self.arena.put_matrix(self.dup[g], dup[columns, rows].t() * self.scaling[g])
+            torch.mul(dup[columns, rows].t(), self.scaling[g], out=self.dup[g])
 
     def backward(self, dy: Tensor, saved: tuple, need_dx: bool = True, need_bias: bool = True) -> Tensor | None:
         h, xd, keep = saved
         self.put_up(h, dy)
         dh = (dy @ self.block).view(len(dy), -1, self.r).transpose(0, 1)  # [G, N, r]
         dh = dh.contiguous() if keep is None else dh * (1 / (1 - self.p))
-        self.arena.put_matrix(self.ddown, torch.bmm(dh.transpose(1, 2), xd).flatten(0, 1))
+        torch.bmm(dh.transpose(1, 2), xd, out=self.ddown.view_as(self.down))
         if not need_dx:
             return None
         dxd = torch.bmm(dh, self.down)  # [G, N, in]

@@ -45,11 +45,12 @@ class HiddenStates:
         if math.prod(shape) > len(self.buffer):
             self.buffer = torch.empty(math.prod(shape), dtype=self.dtype)
         hidden = self.buffer[: math.prod(shape)].view(shape).zero_()
-        token = self.width * self.dtype.itemsize
-        for row, index in enumerate(indices):
-            start, stop = int(self.starts[index]), int(self.starts[index + 1])
-            target = hidden[row, : stop - start].view(torch.uint8).numpy()
-            os.preadv(self.file.fileno(), [target.reshape(-1)], start * token)
+        file, token = self.file.fileno(), self.width * self.dtype.itemsize
+        memory = memoryview(hidden.view(-1).view(torch.uint8).numpy())
+        starts, stops = (token * self.starts[indices]).tolist(), (token * self.starts[indices + 1]).tolist()
+        for row, (start, stop) in enumerate(zip(starts, stops)):
+            at = row * length * token
+            os.preadv(file, [memory[at : at + stop - start]], start)
         return hidden
 
 

@@ -141,7 +141,7 @@ def test_an_adapted_layer_is_exact_to_rounding(n: int, r: int, parts: tuple[int,
     names = [("q_lin", "k_lin", "v_lin")[part] for part in parts]
     model = adapted(tiny(dim=64), p, target_modules=names, r=r, lora_alpha=r // 2)
     (layer, *_) = FastClassifier(model, "bf16").layers
-    linear, arena = layer.qkv, layer.arena
+    linear, arena = layer.qkv, layer.qkv.arena
     assert type(linear) is TiledLoraLinear
     full, x = linear.buffer(n)
     x.copy_(torch.randn(n, 64))
@@ -164,12 +164,17 @@ def test_an_adapted_layer_is_exact_to_rounding(n: int, r: int, parts: tuple[int,
     for g, at in enumerate(columns):
         dh = (dy[:, at].double() @ b[g]).bfloat16().double()
         exact = (exact.bfloat16().double() if g == 0 else exact) + kept[g] * (dh @ a[g])
-        assert_near(linear.ddown[0].view(len(parts), r, 64)[g], dh.t() @ (x.double() * kept[g]))
-        assert_near(linear.dup[g][0], 0.5 * dy[:, at].double().t() @ h[g])
+        assert_near(linear.ddown.view(len(parts), r, 64)[g], dh.t() @ (x.double() * kept[g]))
+        assert_near(linear.dup[g], 0.5 * dy[:, at].double().t() @ h[g])
     assert_near(dx, exact)
-    before = [linear.ddown[0].clone(), linear.dups[0].clone()]
-    arena.widen()
-    arena.fresh = False
-    linear.backward(dy, (full, drop))  # a second time: gradients add up
-    for found, once in zip((linear.ddown[1], linear.dups[1]), before):
-        torch.testing.assert_close(found, 2 * once.float())
+    gradients = linear.ddown, linear.dups
+    before = [half.clone() for half in gradients]
+    linear.ddown.zero_(), linear.dups.zero_()
+    assert linear.backward(dy, (full, drop), need_dx=False) is None
+    assert all(map(torch.equal, gradients, before))
+    for _ in range(2):
+        with arena.adding():
+            linear.backward(dy, (full, drop))
+    for half, once in zip(gradients, before):
+        twice = arena.grad[half.storage_offset() :][: half.numel()].view_as(half)
+        torch.testing.assert_close(twice, 2 * once.float())

@@ -18,7 +18,6 @@ from fused import FusedLayer
 from layers import Embedding, Head, Layer, Shape, Stream, total
 from linear import Arena, base_layer
 from tape import Tape, Workspace, empty, within
-from tiles import TiledMatrix
 
 SITES = ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin", "ffn.lin1", "ffn.lin2")
 
@@ -190,9 +189,7 @@ class FastClassifier:
         self.layers = [kind(self.arena, b, config, last=i + 1 == len(blocks)) for i, b in enumerate(blocks)]
         for layer, successor in pairwise(self.layers):
             layer.successor = successor
-        self.tiled = self.compiled and all(
-            isinstance(linear.matrix, TiledMatrix) for layer in self.layers for linear in layer.linears
-        )
+        self.tiled = self.compiled and all(linear.recordable for layer in self.layers for linear in layer.linears)
         self.replays: dict[tuple[int, int, bool, bool], Replay] = {}
         self.chunks: list[Tensor] = []  # the memory of all recordings, of which one is in use at a time
         self.seeds = torch.empty(Replay.SEEDS, 1, dtype=torch.int64)

@@ -1,5 +1,6 @@
 """A transformer block whose work between matrix products is done by the compiled kernels: layers.Layer, faster."""
 
+from collections.abc import Iterator
 from functools import cached_property
 
 import torch
@@ -7,12 +8,11 @@ from torch import Tensor, nn
 
 import kernels
 from dropout import Draw, Dropout
+from first import NOTHING, FirstAttention, KeysValues
 from layers import Layer, Norm, Shape, Stream
 from linear import Arena, Linear, LoraLinear, base_layer
 from tape import empty
 from tiles import packs
-
-NOTHING: Dropout = (None, None, 1.0)
 
 
 class FusedLoraLinear(LoraLinear):
@@ -41,32 +41,43 @@ class FusedLoraLinear(LoraLinear):
         wide = empty(n, self.wide.shape[1], dtype=self.wide.dtype)
         return wide, wide[:, : self.width]
 
-    def base_backward(self, dy: Tensor, need_dx: bool) -> tuple[Tensor | None, Tensor, int]:
-        """-> the gradients of x through the frozen layer [N, in], where it is read, and of h, and how far apart rows lie.
-
-        Without the first it is a fifteenth of the product: of a step with the last two layers, 1 ms of 15.
-        """
-        base = self.matrix.backward(dy, 0 if need_dx else self.width)
-        return base if need_dx else None, base[:, self.width :] if need_dx else base, base.stride(0)
-
-    def forward(self, wide: Tensor, draw: Draw, bias: bool = True) -> tuple[Tensor, tuple]:
+    def extend(self, wide: Tensor, draw: Draw) -> Dropout:
+        """Write h behind x in wide [N, in + G r and zeros]."""
         n, h = len(wide), wide[:, self.width :]
         drop = draw.dropout((len(self.parts), n, self.width), self.p, wide.device, len(self.parts))
         kernels.call(self.way_down, wide.dtype, n, self.width, self.r, len(self.parts), wide, wide.stride(0),
                      self.matrices, *drop, h, wide.stride(0), h.shape[1] - self.block.shape[1])  # fmt: skip
-        y = self.matrix.forward(wide)
+        return drop
+
+    def forward(self, wide: Tensor, draw: Draw, bias: bool = True) -> tuple[Tensor, tuple]:
+        drop, y = self.extend(wide, draw), self.matrix.forward(wide)
         return y.add_(self.bias) if bias else y, (wide, drop)
 
     def backward(self, dy: Tensor, saved: tuple, need_dx: bool = True, need_bias: bool = True) -> Tensor | None:
-        (wide, drop), groups = saved, len(self.parts)
+        """Where nobody reads dx, of the product with W there is left what brings the adapters' gradient: of a step with
+        the last two layers, 1 ms of 15."""
+        wide, drop = saved
         self.put_up(wide[:, self.width :], dy)
-        base = self.base_backward(dy, need_dx)
-        dx = empty(len(dy), self.width, dtype=dy.dtype) if need_dx else None
-        ddown = torch.empty_like(self.wide_down)
-        kernels.call("lora_backward", dy.dtype, len(dy), self.width, self.r, groups, wide, wide.stride(0), self.padded,
-                     *drop, *base, dx, ddown)  # fmt: skip
-        self.ddown.copy_(ddown.flatten(0, 1))
+        dwide = self.matrix.backward(dy, 0 if need_dx else self.width)
+        return self.down_backward(wide, drop, dwide, need_dx)
+
+    def down_backward(self, wide: Tensor, drop: Dropout, dwide: Tensor, need_dx: bool) -> Tensor | None:
+        """The gradient of [x | h], or of h alone where nobody reads dx -> that of x [N, in]; and A's, to its place."""
+        base, dh = dwide if need_dx else None, dwide[:, -(self.wide.shape[1] - self.width) :]
+        dx = empty(len(wide), self.width, dtype=wide.dtype) if need_dx else None
+        self.down_gradients(wide, drop, base, dh, dx)
         return dx
+
+    def down_gradients(self, wide: Tensor, drop: Dropout, base: Tensor | None, dh: Tensor, dx: Tensor | None) -> None:
+        ddown = torch.empty_like(self.wide_down)
+        kernels.call("lora_backward", wide.dtype, len(wide), self.width, self.r, len(self.parts), wide, wide.stride(0),
+                     self.padded, *drop, base, dh, dh.stride(0), dx, ddown)  # fmt: skip
+        self.ddown.copy_(ddown.flatten(0, 1))
+
+    def targets(self) -> Iterator[tuple[int, int, int, float, Tensor]]:
+        """As those of `KeysValues`: the gradients of the matrices B."""
+        for g, part in enumerate(self.parts):
+            yield part, self.width + g * self.r, self.r, self.scaling[g], self.dup[g]
 
 
 class TiledLoraLinear(FusedLoraLinear):
@@ -91,15 +102,13 @@ class TiledLoraLinear(FusedLoraLinear):
         kernels.call("lora_refresh", self.wide.dtype, *self.wide.shape, self.width, each, self.r, len(self.parts),
                      self.offsets, self.factors, self.up[0], self.wide, matrix.packed, matrix.packed_back)  # fmt: skip
 
-    def backward(self, dy: Tensor, saved: tuple, need_dx: bool = True, need_bias: bool = True) -> Tensor | None:
-        (wide, drop), groups = saved, len(self.parts)
-        kernels.call("lora_up_gradient", dy.dtype, len(dy), self.up[0].shape[0], self.r, groups, self.offsets,
-                     self.factors, dy, dy.stride(0), wide[:, self.width :], wide.stride(0), self.dups)  # fmt: skip
-        dx = empty(len(dy), self.width, dtype=dy.dtype) if need_dx else None
-        base = self.base_backward(dy, need_dx)
-        kernels.call("lora_backward_tiles", dy.dtype, len(dy), self.width, self.r, groups, wide, wide.stride(0),
-                     self.matrices, *drop, *base, dx, self.ddown)  # fmt: skip
-        return dx
+    def put_up(self, h: Tensor, dy: Tensor) -> None:
+        kernels.call("lora_up_gradient", dy.dtype, len(dy), self.up[0].shape[0], self.r, len(self.parts), self.offsets,
+                     self.factors, dy, dy.stride(0), h, h.stride(0), self.dups)  # fmt: skip
+
+    def down_gradients(self, wide: Tensor, drop: Dropout, base: Tensor | None, dh: Tensor, dx: Tensor | None) -> None:
+        kernels.call("lora_backward_tiles", wide.dtype, len(wide), self.width, self.r, len(self.parts), wide,
+                     wide.stride(0), self.matrices, *drop, base, dh, dh.stride(0), dx, self.ddown)  # fmt: skip
 
 
 def fused_lora(arena: Arena, modules: list[nn.Module]) -> FusedLoraLinear:
@@ -111,14 +120,16 @@ class FusedLayer(Layer):
     """As `Layer`, on CPU. Sums, norms, dropout, gelu and attention read and write each number once, and whoever
     makes a number leaves it where the next product reads it, in its type: 83 to 60 ms a step of 16 x 27 tokens."""
 
-    lora = staticmethod(fused_lora)
+    lora, keys_values = staticmethod(fused_lora), KeysValues
     successor: "FusedLayer | None" = None  # the layer that reads the output
 
     def __init__(self, arena: Arena, block: nn.Module, config, last: bool):
         super().__init__(arena, block, config, last)
         self.heads, self.width = config.n_heads, config.dim
-        readers = (self.q, self.kv) if last else (self.qkv,)
-        self.biases = [bias for linear in readers for bias in linear.wide_bias.split(self.width)]  # of q, k and v
+        if last:
+            self.first = FirstAttention(self.q, self.kv, self.heads, config.attention_dropout)
+        else:
+            self.biases = self.qkv.wide_bias.split(self.width)
 
     @property
     def entry(self) -> Linear:
@@ -148,18 +159,17 @@ class FusedLayer(Layer):
         return dx, half
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, shape: Shape, draw: Draw) -> tuple[Tensor, tuple]:
-        """q: [B Lq, D], k, v: [B L, D], views of wider rows -> the input of the output projection."""
-        rows, lq = len(q), len(q) // shape.b
-        full, part = self.out.buffer(rows)
-        drop = draw.dropout((shape.b * self.heads, lq, shape.length), self.core.p, q.device)
-        norms = empty(shape.b * self.heads * lq, 2)
-        sizes = (shape.b, self.heads, lq, shape.length, self.width // self.heads, q.stride(0), k.stride(0))
+        """q, k, v: [B L, D], views of wider rows -> the input of the output projection."""
+        full, part = self.out.buffer(len(q))
+        drop = draw.dropout((shape.b * self.heads, shape.length, shape.length), self.core.p, q.device)
+        norms = empty(shape.b * self.heads * shape.length, 2)
+        sizes = (shape.b, self.heads, shape.length, self.width // self.heads, q.stride(0))
         heads = (*sizes, shape.lengths, q, k, v, *self.biases, *drop)
         kernels.call("attend", self.dtype, *heads, part, part.stride(0), norms)
         return full, (heads, norms)
 
     def _attend_backward(self, dcontext: Tensor, saved: tuple, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
-        """dcontext: [B Lq, D]; dq, dk and dv are laid out as q, k and v were."""
+        """dcontext: [B L, D]; dq, dk and dv are laid out as q, k and v were."""
         heads, norms = saved
         kernels.call("attend_backward", self.dtype, *heads, norms, dcontext, dq, dk, dv)
 
@@ -179,13 +189,12 @@ class FusedLayer(Layer):
             full = self._cast(x, self.entry)
         if self.last:
             x = x.view(shape.b, shape.length, -1)[:, 0]
-            q, saved_q = self.q.forward(self._cast(x, self.q), draw, bias=False)
-            kv, saved_kv = self.entry.forward(full, draw, bias=False)
-            qkv, saved_in = (q, *kv.split(self.width, 1)), (saved_q, saved_kv)
+            q, saved_in = self.q.forward(self._cast(x, self.q), draw, bias=False)
+            wide, (full, part) = full, self.out.buffer(shape.b)
+            saved_core = self.first.forward(q, wide, part, shape, draw)
         else:
             product, saved_in = self.entry.forward(full, draw, bias=False)
-            qkv = product.split(self.width, 1)
-        full, saved_core = self._attend(*qkv, shape, draw)
+            full, saved_core = self._attend(*product.split(self.width, 1), shape, draw)
         y, saved_out = self.out.forward(full, draw, bias=False)
         h, full, saved1 = self._add_norm(x, y, self.out, NOTHING, self.norm1, self.lin1)
         u, saved_u = self.lin1.forward(full, draw, bias=False)
@@ -205,17 +214,15 @@ class FusedLayer(Layer):
         dz, d = self._add_norm_backward((dz, d), saved1, NOTHING, self.norm1, self.out)
         dcontext = self.out.backward(d, saved_out, need_bias=False)
         del d
-        dentry = empty(shape.b * shape.length, self.entry.weight.shape[0], dtype=self.dtype)
         if not self.last:
-            self._attend_backward(dcontext, saved_core, *dentry.split(self.width, 1))
-            self._bias(self.qkv, dentry)
-            dx = self.qkv.backward(dentry, saved_in, need_dx, need_bias=False)
+            dqkv = empty(shape.b * shape.length, 3 * self.width, dtype=self.dtype)
+            self._attend_backward(dcontext, saved_core, *dqkv.split(self.width, 1))
+            self._bias(self.qkv, dqkv)
+            dx = self.qkv.backward(dqkv, saved_in, need_dx, need_bias=False)
             return (dz, dx) if need_dx else None
-        dq = empty(shape.b, self.width, dtype=self.dtype)
-        self._attend_backward(dcontext, saved_core, dq, *dentry.split(self.width, 1))
-        self._bias(self.q, dq), self._bias(self.kv, dentry)
-        dcls = self.q.backward(dq, saved_in[0], need_dx, need_bias=False)
-        dx = self.kv.backward(dentry, saved_in[1], need_dx, need_bias=False)
+        dq, dx = self.first.backward(dcontext, saved_core, shape, need_dx)
+        self._bias(self.q, dq)
+        dcls = self.q.backward(dq, saved_in, need_dx, need_bias=False)
         if not need_dx:
             return None
         whole = empty(*dx.shape)

@@ -6,6 +6,7 @@
 // threads gives the same bits.
 
 #include "adamw.h"
+#include "first.h"
 #include "kernels.h"
 #include "lora.h"
 #include "products.h"
@@ -113,11 +114,11 @@ static void gelu_backward(i64 n, i64 d, const T* derivative, T* dy, float* dline
     sums.put(dlinear, 0, d);
 }
 
-// Heads of one batch: q [B, Lq, ldq], k and v [B, L, ldk]; head h has the d columns from h * d on, of the biases too.
-// Keys from lengths[b] on are hidden. Random bytes: [B, H, Lq, L].
+// Heads of one batch: q, k and v [B, L, ld]; head h has the d columns from h * d on, of the biases too. Keys from
+// lengths[b] on are hidden. Random bytes: [B, H, L, L].
 template <class T>
 struct Heads {
-    i64 b, h, lq, l, d, ldq, ldk;
+    i64 b, h, l, d, ld;
     const i64* lengths;
     const T *q, *k, *v;
     const float *q_bias, *k_bias, *v_bias;
@@ -125,48 +126,47 @@ struct Heads {
 
     i64 wide() const { return whole(d); }
     i64 keys() const { return whole(l); }
-    i64 query(i64 head) const { return head / h * lq * ldq + head % h * d; }
-    i64 key(i64 head) const { return head / h * l * ldk + head % h * d; }
-    // The scores of one head, [lq, keys()], -inf where a key is hidden.
+    i64 start(i64 head) const { return head / h * l * ld + head % h * d; }
+    // The scores of one head, [l, keys()], -inf where a key is hidden.
     void scores(i64 head, i64 n, float* Q, float* K, float* KT, float* S) const {
         i64 at = head % h * d;
-        gather(lq, d, q + query(head), ldq, q_bias + at, 1 / std::sqrt(float(d)), Q);
-        gather(n, d, k + key(head), ldk, k_bias + at, 1, K);
+        gather(l, d, q + start(head), ld, q_bias + at, 1 / std::sqrt(float(d)), Q);
+        gather(n, d, k + start(head), ld, k_bias + at, 1, K);
         transpose(n, d, K, KT, keys());
-        product(lq, whole(n), d, Q, wide(), 1, KT, keys(), S, keys());
-        for (i64 i = 0; i < lq; i++) std::fill(S + i * keys() + n, S + i * keys() + whole(n), -INFINITY);
+        product(l, whole(n), d, Q, wide(), 1, KT, keys(), S, keys());
+        for (i64 i = 0; i < l; i++) std::fill(S + i * keys() + n, S + i * keys() + whole(n), -INFINITY);
     }
     // The factors of dropout for one row of probabilities. There are WIDTH bytes more than bytes in use.
     void kept(i64 head, i64 i, i64 n, float* __restrict factor) const {
-        const int8_t *__restrict bits = drop.bits + (head * lq + i) * l, *__restrict limit = drop.limit;
+        const int8_t *__restrict bits = drop.bits + (head * l + i) * l, *__restrict limit = drop.limit;
         const float scale = drop.scale;
         for (i64 j = 0; j < whole(n); j++) factor[j] = bits[j] >= limit[j] ? scale : 0.0f;
     }
 };
 
-// norms [B, H, Lq, 2]: each row's highest score and 1 / its sum of exponentials, for the way back. Rows of context
+// norms [B, H, L, 2]: each row's highest score and 1 / its sum of exponentials, for the way back. Rows of context
 // are ldc apart.
 template <class T>
-static void attend(i64 b, i64 h, i64 lq, i64 l, i64 d, i64 ldq, i64 ldk, const i64* lengths, const T* q, const T* k,
+static void attend(i64 b, i64 h, i64 l, i64 d, i64 ld, const i64* lengths, const T* q, const T* k,
                    const T* v, const float* q_bias, const float* k_bias, const float* v_bias, const int8_t* bits,
                    const int8_t* limit, float scale, T* context, i64 ldc, float* norms) {
-    const Heads<T> at = {b, h, lq, l, d, ldq, ldk, lengths, q, k, v, q_bias, k_bias, v_bias, {bits, limit, scale}};
+    const Heads<T> at = {b, h, l, d, ld, lengths, q, k, v, q_bias, k_bias, v_bias, {bits, limit, scale}};
     i64 wide = at.wide(), keys = at.keys();
 #pragma omp parallel
     {
-        std::vector<float> Q(at.lq * wide), K(keys * wide), KT(wide * keys), P(at.lq * keys), C(at.lq * wide),
+        std::vector<float> Q(at.l * wide), K(keys * wide), KT(wide * keys), P(at.l * keys), C(at.l * wide),
             keep(keys);
 #pragma omp for schedule(static)
         for (i64 head = 0; head < at.b * at.h; head++) {
             i64 n = at.lengths[head / at.h], full = whole(n);
             at.scores(head, n, Q.data(), K.data(), KT.data(), P.data());
-            for (i64 i = 0; i < at.lq; i++) {
+            for (i64 i = 0; i < at.l; i++) {
                 float *p = P.data() + i * keys, top = p[0], sum = 0;
 #pragma omp simd reduction(max : top)
                 for (i64 j = 0; j < full; j++) top = std::max(top, p[j]);
 #pragma omp simd reduction(+ : sum)
                 for (i64 j = 0; j < full; j++) sum += p[j] = fast_exp(p[j] - top);
-                float* norm = norms + 2 * (head * at.lq + i);
+                float* norm = norms + 2 * (head * at.l + i);
                 norm[0] = top, norm[1] = sum = 1 / sum;
                 for (i64 j = 0; j < full; j++) p[j] *= sum;
                 if (at.drop.bits) {
@@ -174,38 +174,38 @@ static void attend(i64 b, i64 h, i64 lq, i64 l, i64 d, i64 ldq, i64 ldk, const i
                     for (i64 j = 0; j < full; j++) p[j] *= keep[j];
                 }
             }
-            gather(n, at.d, at.v + at.key(head), at.ldk, at.v_bias + head % at.h * at.d, 1, K.data());
-            product(at.lq, wide, n, P.data(), keys, 1, K.data(), wide, C.data(), wide);
-            scatter(at.lq, at.d, C.data(), 1, context + head / at.h * at.lq * ldc + head % at.h * at.d, ldc);
+            gather(n, at.d, at.v + at.start(head), at.ld, at.v_bias + head % at.h * at.d, 1, K.data());
+            product(at.l, wide, n, P.data(), keys, 1, K.data(), wide, C.data(), wide);
+            scatter(at.l, at.d, C.data(), 1, context + head / at.h * at.l * ldc + head % at.h * at.d, ldc);
         }
     }
 }
 
-// dcontext [B, Lq, H d] -> dq, dk and dv, laid out as q, k and v. Probabilities are computed anew.
+// dcontext [B, L, H d] -> dq, dk and dv, laid out as q, k and v. Probabilities are computed anew.
 template <class T>
-static void attend_backward(i64 batch, i64 heads, i64 lq, i64 l, i64 d, i64 ldq, i64 ldk, const i64* lengths,
+static void attend_backward(i64 batch, i64 heads, i64 l, i64 d, i64 ld, const i64* lengths,
                             const T* q, const T* k, const T* v, const float* q_bias, const float* k_bias,
                             const float* v_bias, const int8_t* bits, const int8_t* limit, float scale,
                             const float* norms, const T* dcontext, T* dq, T* dk, T* dv) {
-    const Heads<T> at = {batch, heads, lq, l, d, ldq, ldk, lengths, q, k, v, q_bias, k_bias, v_bias,
+    const Heads<T> at = {batch, heads, l, d, ld, lengths, q, k, v, q_bias, k_bias, v_bias,
                          {bits, limit, scale}};
     i64 wide = at.wide(), keys = at.keys(), width = at.h * at.d;
     std::vector<float> none(at.d);
 #pragma omp parallel
     {
-        std::vector<float> Q(at.lq * wide), K(keys * wide), V(keys * wide), turned(wide * keys), dC(at.lq * wide),
-            P(at.lq * keys), S(at.lq * keys), out(std::max(at.l, at.lq) * wide), keep(keys);
+        std::vector<float> Q(at.l * wide), K(keys * wide), V(keys * wide), turned(wide * keys), dC(at.l * wide),
+            P(at.l * keys), S(at.l * keys), out(at.l * wide), keep(keys);
 #pragma omp for schedule(static)
         for (i64 head = 0; head < at.b * at.h; head++) {
             i64 b = head / at.h, h = head % at.h, n = at.lengths[b], full = whole(n);
             at.scores(head, n, Q.data(), K.data(), turned.data(), P.data());
-            gather(n, at.d, at.v + at.key(head), at.ldk, at.v_bias + h * at.d, 1, V.data());
-            gather(at.lq, at.d, dcontext + b * at.lq * width + h * at.d, width, none.data(), 1, dC.data());
+            gather(n, at.d, at.v + at.start(head), at.ld, at.v_bias + h * at.d, 1, V.data());
+            gather(at.l, at.d, dcontext + b * at.l * width + h * at.d, width, none.data(), 1, dC.data());
             transpose(n, at.d, V.data(), turned.data(), keys);
-            product(at.lq, full, at.d, dC.data(), wide, 1, turned.data(), keys, S.data(), keys);
-            for (i64 i = 0; i < at.lq; i++) {  // P becomes what dropout leaves of it, S the gradient of the scores
+            product(at.l, full, at.d, dC.data(), wide, 1, turned.data(), keys, S.data(), keys);
+            for (i64 i = 0; i < at.l; i++) {  // P becomes what dropout leaves of it, S the gradient of the scores
                 float *p = P.data() + i * keys, *g = S.data() + i * keys, dot = 0;
-                const float* norm = norms + 2 * (head * at.lq + i);
+                const float* norm = norms + 2 * (head * at.l + i);
                 for (i64 j = 0; j < full; j++) p[j] = fast_exp(p[j] - norm[0]) * norm[1];
                 if (at.drop.bits) {
                     at.kept(head, i, n, keep.data());
@@ -217,13 +217,13 @@ static void attend_backward(i64 batch, i64 heads, i64 lq, i64 l, i64 d, i64 ldq,
                 if (at.drop.bits)
                     for (i64 j = 0; j < full; j++) p[j] *= keep[j];
             }
-            product(at.lq, wide, n, S.data(), keys, 1, K.data(), wide, out.data(), wide);
-            scatter(at.lq, at.d, out.data(), 1 / std::sqrt(float(at.d)), dq + at.query(head), at.ldq);
+            product(at.l, wide, n, S.data(), keys, 1, K.data(), wide, out.data(), wide);
+            scatter(at.l, at.d, out.data(), 1 / std::sqrt(float(at.d)), dq + at.start(head), at.ld);
             std::fill(out.begin(), out.end(), 0.0f);
-            product(n, wide, at.lq, S.data(), 1, keys, Q.data(), wide, out.data(), wide);
-            scatter(at.l, at.d, out.data(), 1, dk + at.key(head), at.ldk);
-            product(n, wide, at.lq, P.data(), 1, keys, dC.data(), wide, out.data(), wide);
-            scatter(at.l, at.d, out.data(), 1, dv + at.key(head), at.ldk);
+            product(n, wide, at.l, S.data(), 1, keys, Q.data(), wide, out.data(), wide);
+            scatter(at.l, at.d, out.data(), 1, dk + at.start(head), at.ld);
+            product(n, wide, at.l, P.data(), 1, keys, dC.data(), wide, out.data(), wide);
+            scatter(at.l, at.d, out.data(), 1, dv + at.start(head), at.ld);
         }
     }
 }
@@ -330,7 +330,8 @@ static const Entry* table() {
         entry<column_sums<T>>(), entry<square_sum<T>>(), entry<draw>(), entry<adamw<T>>(), entry<adamw_packed<T>>(),
         entry<adamw_rows>(), entry<adamw_skipped>(), entry<tiles_allowed>(), entry<pack_weight>(), entry<multiply>(),
         entry<gradient>(), entry<lora_down_tiles>(), entry<lora_up_gradient>(), entry<lora_backward_tiles>(),
-        entry<lora_refresh>(), entry<cast<T>>(), entry<add_first<T>>(), entry<replay>()};
+        entry<lora_refresh>(), entry<attend_first<T>>(), entry<attend_first_backward<T>>(),
+        entry<attend_first_gradient<T>>(), entry<cast<T>>(), entry<add_first<T>>(), entry<replay>()};
     return all;
 }
 

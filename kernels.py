@@ -24,7 +24,8 @@ from torch import Tensor
 from packaged import cache_dir
 
 SOURCES = [
-    Path(__file__).with_name(name) for name in ("kernels.cpp", "kernels.h", "adamw.h", "lora.h", "products.h", "tape.h")
+    Path(__file__).with_name(name)
+    for name in ("kernels.cpp", "kernels.h", "adamw.h", "first.h", "lora.h", "products.h", "tape.h")
 ]
 FLAGS = ["-std=c++20", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
          "-mprefer-vector-width=512", "-shared", "-fPIC"]  # fmt: skip
@@ -33,8 +34,8 @@ SIGNATURES = {  # i: int64, p: pointer, f: float; in the order of kernels.cpp's 
     "add_norm_backward": "iipppppp" + "ppf" + "ppppp",
     "gelu": "iipppi",
     "gelu_backward": "iippp",
-    "attend": "iiiiiii" + "ppppppp" + "ppf" + "pip",
-    "attend_backward": "iiiiiii" + "ppppppp" + "ppf" + "ppppp",
+    "attend": "iiiii" + "ppppppp" + "ppf" + "pip",
+    "attend_backward": "iiiii" + "ppppppp" + "ppf" + "ppppp",
     "lora_down": "iiiipip" + "ppf" + "pii",
     "lora_backward": "iiiipip" + "ppf" + "ppipp",
     "column_sums": "iipp",
@@ -52,6 +53,9 @@ SIGNATURES = {  # i: int64, p: pointer, f: float; in the order of kernels.cpp's 
     "lora_up_gradient": "iiii" + "pppipip",
     "lora_backward_tiles": "iiiipip" + "ppf" + "ppipp",
     "lora_refresh": "iiiiiipppppp",
+    "attend_first": "iiiiii" + "pppppp" + "ppf" + "pi" + "pppp",
+    "attend_first_backward": "iiiiii" + "pppppp" + "ppf" + "ppp" + "pppppp",
+    "attend_first_gradient": "iiiiii" + "ppfpp",
     "cast": "iipipi",
     "add_first": "iiipppp",
     "replay": "ip",

@@ -128,6 +128,7 @@ class Layer:
     keys and values for every token, the rest for B tokens instead of N. Exact; a seventh of all work."""
 
     lora: Callable[..., LoraLinear] = LoraLinear
+    keys_values: Callable[..., Linear] = Linear  # of the last layer
 
     def __init__(self, arena: Arena, block: nn.Module, config, last: bool):
         att = block.attention
@@ -135,7 +136,7 @@ class Layer:
         self.core = Attention(config.n_heads, config.dim, config.attention_dropout)
         make = partial(make_linear, arena, lora=self.lora)
         if last:
-            self.q, self.kv = make([att.q_lin]), make([att.k_lin, att.v_lin])
+            self.q, self.kv = make([att.q_lin]), make([att.k_lin, att.v_lin], plain=self.keys_values)
         else:
             self.qkv = make([att.q_lin, att.k_lin, att.v_lin])
         self.out, self.norm1 = make([att.out_lin]), Norm(arena, block.sa_layer_norm)

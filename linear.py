@@ -171,6 +171,11 @@ class Linear:
         elif isinstance(self.matrix, TiledMatrix):
             self.arena.packed[self.weight.storage_offset()] = self.matrix
 
+    @property
+    def recordable(self) -> bool:
+        """Whether forward and backward are kernels alone (see tape.py)."""
+        return isinstance(self.matrix, TiledMatrix)
+
     def buffer(self, n: int) -> tuple[Tensor, Tensor]:
         """What `forward` takes, and the part of it [n, in] the caller fills."""
         x = empty(n, self.weight.shape[1], dtype=self.weight.dtype, device=self.weight.device)
@@ -290,5 +295,10 @@ def apply(linear: Linear, x: Tensor, draw: Draw, bias: bool = True) -> tuple[Ten
     return linear.forward(full, draw, bias)
 
 
-def make_linear(arena: Arena, modules: list[nn.Module], lora: Callable[..., LoraLinear] = LoraLinear) -> Linear:
-    return (lora if any(hasattr(m, "lora_A") for m in modules) else Linear)(arena, modules)
+def make_linear(
+    arena: Arena,
+    modules: list[nn.Module],
+    lora: Callable[..., LoraLinear] = LoraLinear,
+    plain: Callable[..., Linear] = Linear,
+) -> Linear:
+    return (lora if any(hasattr(m, "lora_A") for m in modules) else plain)(arena, modules)

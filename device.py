@@ -67,7 +67,7 @@ def arithmetic(device: torch.device, precision: str) -> str:
     """What, beside weights and input, decides the last bits of a result: for the keys of caches."""
     by = ["torch"]
     if device.type == "cpu" and kernels.library():
-        by = ["compiled", *(["amx" if _capable("amx_bf16") else "tiles"] if kernels.tiles() else [])]
+        by = ["compiled products", *(["amx" if _capable("amx_bf16") else "tiles"] if kernels.tiles() else [])]
     return "|".join([precision, device.type, torch.__version__, *by])
 
 

@@ -189,7 +189,8 @@ class FastClassifier:
         self.layers = [kind(self.arena, b, config, last=i + 1 == len(blocks)) for i, b in enumerate(blocks)]
         for layer, successor in pairwise(self.layers):
             layer.successor = successor
-        self.tiled = self.compiled and all(linear.recordable for layer in self.layers for linear in layer.linears)
+        self.recordable = self.compiled and all(linear.recordable for layer in self.layers for linear in layer.linears)
+        self.tiled = self.recordable and self.dtype == torch.bfloat16
         self.replays: dict[tuple[int, int, bool, bool], Replay] = {}
         self.chunks: list[Tensor] = []  # the memory of all recordings, of which one is in use at a time
         self.seeds = torch.empty(Replay.SEEDS, 1, dtype=torch.int64)
@@ -228,7 +229,7 @@ class FastClassifier:
 
     def _replay(self, shape: Shape, first: int, draw: Draw, save: bool) -> Replay | None:
         """The recording for this pass, where it can be one, and no pass before still needs the memory."""
-        if not self.tiled or draw.whole != draw.rows or self.pending() is not None:
+        if not self.recordable or draw.whole != draw.rows or self.pending() is not None:
             return None
         key = shape.b, shape.length, draw.training, save
         if key not in self.replays and len(self.replays) < Replay.MOST:

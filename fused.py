@@ -19,7 +19,7 @@ class FusedLoraLinear(LoraLinear):
     """As `LoraLinear`, with the skinny products and their dropout in two kernels, fp32, straight from x and the
     random bytes: no masked copy of x per adapter. The base layer's product brings the adapters' gradient along."""
 
-    way_down = "lora_down"
+    way_down, way_up = "lora_down", "lora_up_gradient_floats"
 
     def __init__(self, arena: Arena, modules: list[nn.Module]):
         super().__init__(arena, modules)
@@ -69,24 +69,11 @@ class FusedLoraLinear(LoraLinear):
         return dx
 
     def down_gradients(self, wide: Tensor, drop: Dropout, base: Tensor | None, dh: Tensor, dx: Tensor | None) -> None:
-        ddown = torch.empty_like(self.wide_down)
+        ddown = self.ddown if self.ddown.dtype == torch.float32 else torch.empty(self.ddown.shape)
         kernels.call("lora_backward", wide.dtype, len(wide), self.width, self.r, len(self.parts), wide, wide.stride(0),
                      self.padded, *drop, base, dh, dh.stride(0), dx, ddown)  # fmt: skip
-        self.ddown.copy_(ddown.flatten(0, 1))
-
-    def targets(self) -> Iterator[tuple[int, int, int, float, Tensor]]:
-        """As those of `KeysValues`: the gradients of the matrices B."""
-        for g, part in enumerate(self.parts):
-            yield part, self.width + g * self.r, self.r, self.scaling[g], self.dup[g]
-
-
-class TiledLoraLinear(FusedLoraLinear):
-    """As `FusedLoraLinear`, on tiles (products.h), with A in bf16 as PEFT has it under autocast."""
-
-    way_down = "lora_down_tiles"
-
-    def read_down(self) -> None:
-        self.matrices = self.down
+        if ddown is not self.ddown:
+            self.ddown.copy_(ddown)
 
     @cached_property
     def offsets(self) -> Tensor:
@@ -97,14 +84,30 @@ class TiledLoraLinear(FusedLoraLinear):
     def factors(self) -> Tensor:
         return torch.tensor(self.scaling)
 
+    def put_up(self, h: Tensor, dy: Tensor) -> None:
+        if not self.recordable:
+            return super().put_up(h, dy)
+        kernels.call(self.way_up, dy.dtype, len(dy), self.up[0].shape[0], self.r, len(self.parts), self.offsets,
+                     self.factors, dy, dy.stride(0), h, h.stride(0), self.dups)  # fmt: skip
+
+    def targets(self) -> Iterator[tuple[int, int, int, float, Tensor]]:
+        """As those of `KeysValues`: the gradients of the matrices B."""
+        for g, part in enumerate(self.parts):
+            yield part, self.width + g * self.r, self.r, self.scaling[g], self.dup[g]
+
+
+class TiledLoraLinear(FusedLoraLinear):
+    """As `FusedLoraLinear`, on tiles (products.h), with A in bf16 as PEFT has it under autocast."""
+
+    way_down, way_up = "lora_down_tiles", "lora_up_gradient"
+
+    def read_down(self) -> None:
+        self.matrices = self.down
+
     def refresh(self) -> None:
         each, matrix = self.up[0].shape[0], self.matrix
         kernels.call("lora_refresh", self.wide.dtype, *self.wide.shape, self.width, each, self.r, len(self.parts),
                      self.offsets, self.factors, self.up[0], self.wide, matrix.packed, matrix.packed_back)  # fmt: skip
-
-    def put_up(self, h: Tensor, dy: Tensor) -> None:
-        kernels.call("lora_up_gradient", dy.dtype, len(dy), self.up[0].shape[0], self.r, len(self.parts), self.offsets,
-                     self.factors, dy, dy.stride(0), h, h.stride(0), self.dups)  # fmt: skip
 
     def down_gradients(self, wide: Tensor, drop: Dropout, base: Tensor | None, dh: Tensor, dx: Tensor | None) -> None:
         kernels.call("lora_backward_tiles", wide.dtype, len(wide), self.width, self.r, len(self.parts), wide,

@@ -7,6 +7,7 @@
 
 #include "adamw.h"
 #include "first.h"
+#include "floats.h"
 #include "kernels.h"
 #include "lora.h"
 #include "products.h"
@@ -331,7 +332,9 @@ static const Entry* table() {
         entry<adamw_rows>(), entry<adamw_skipped>(), entry<tiles_allowed>(), entry<pack_weight>(), entry<multiply>(),
         entry<gradient>(), entry<lora_down_tiles>(), entry<lora_up_gradient>(), entry<lora_backward_tiles>(),
         entry<lora_refresh>(), entry<attend_first<T>>(), entry<attend_first_backward<T>>(),
-        entry<attend_first_gradient<T>>(), entry<cast<T>>(), entry<add_first<T>>(), entry<replay>()};
+        entry<attend_first_gradient<T>>(), entry<multiply_forward>(),
+        entry<multiply_backward>(), entry<gradient_floats>(), entry<lora_up_gradient_floats>(), entry<cast<T>>(),
+        entry<add_first<T>>(), entry<replay>()};
     return all;
 }
 

@@ -25,7 +25,7 @@ from packaged import cache_dir
 
 SOURCES = [
     Path(__file__).with_name(name)
-    for name in ("kernels.cpp", "kernels.h", "adamw.h", "first.h", "lora.h", "products.h", "tape.h")
+    for name in ("kernels.cpp", "kernels.h", "adamw.h", "first.h", "floats.h", "lora.h", "products.h", "tape.h")
 ]
 FLAGS = ["-std=c++20", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
          "-mprefer-vector-width=512", "-shared", "-fPIC"]  # fmt: skip
@@ -56,6 +56,10 @@ SIGNATURES = {  # i: int64, p: pointer, f: float; in the order of kernels.cpp's 
     "attend_first": "iiiiii" + "pppppp" + "ppf" + "pi" + "pppp",
     "attend_first_backward": "iiiiii" + "pppppp" + "ppf" + "ppp" + "pppppp",
     "attend_first_gradient": "iiiiii" + "ppfpp",
+    "multiply_forward": "iiipipip",
+    "multiply_backward": "iiipipip",
+    "gradient_floats": "iiipipip",
+    "lora_up_gradient_floats": "iiiipppipip",
     "cast": "iipipi",
     "add_first": "iiipppp",
     "replay": "ip",

@@ -174,7 +174,7 @@ class Linear:
     @property
     def recordable(self) -> bool:
         """Whether forward and backward are kernels alone (see tape.py)."""
-        return isinstance(self.matrix, TiledMatrix)
+        return self.matrix.recordable
 
     def buffer(self, n: int) -> tuple[Tensor, Tensor]:
         """What `forward` takes, and the part of it [n, in] the caller fills."""

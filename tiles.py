@@ -1,4 +1,4 @@
-"""Weights as their products want them: as they are, or packed as tiles for the processor's own (products.h).
+"""Products with weights: PyTorch's, our own in fp32 (floats.h), or on packed tiles in bf16 (products.h).
 
 Shapes: N rows, `in` and `out` the widths of a linear layer.
 """
@@ -18,8 +18,18 @@ def tiled(*tensors: Tensor) -> bool:
     ) and kernels.tiles()  # fmt: skip
 
 
+def own_floats(*tensors: Tensor) -> bool:
+    """Whether products of these are our own in fp32: CPU, compiled, and every width a multiple of 32."""
+    return all(
+        t.dtype == torch.float32 and t.device.type == "cpu" and t.shape[-1] % 32 == 0 and t.stride(-1) == 1
+        for t in tensors
+    ) and kernels.library() is not None  # fmt: skip
+
+
 class Matrix:
     """w [out, in] for products with PyTorch."""
+
+    recordable = False  # whether products are kernels alone (see tape.py)
 
     def __init__(self, w: Tensor):
         self.w = w
@@ -36,9 +46,30 @@ class Matrix:
         return dy @ self.w[:, first:]
 
 
+class FloatMatrix(Matrix):
+    """The same in fp32 with our own products, which can be recorded: a step of 16 x 27 tokens takes 191 instead of 218
+    ms (Zen 3), with LoRA r16 160 instead of 199, of the last two layers 33 instead of 44, of the last one 6.3 instead
+    of 8.9."""
+
+    recordable = True
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        (out, width), y = self.w.shape, empty(len(x), len(self.w))
+        kernels.call("multiply_forward", x.dtype, len(x), out, width, x, x.stride(0), self.w, self.w.stride(0), y)
+        return y if bias is None else y.add_(bias)
+
+    def backward(self, dy: Tensor, first: int = 0) -> Tensor:
+        w = self.w[:, first:]
+        (out, width), dx = w.shape, empty(len(dy), w.shape[1])
+        kernels.call("multiply_backward", dy.dtype, len(dy), width, out, dy, dy.stride(0), w, w.stride(0), dx)
+        return dx
+
+
 class TiledMatrix(Matrix):
     """The same on tiles; w itself is read by `pack` alone, and AdamW does without. With AMX a step of 16 x 27 tokens
     spends 21 ms in products, 34 with the library's; with AVX512-BF16 both take as long, but these can be recorded."""
+
+    recordable = True
 
     def __init__(self, w: Tensor):
         super().__init__(w)
@@ -69,16 +100,22 @@ def packs(w: Tensor) -> bool:
 
 
 def matrix(w: Tensor) -> Matrix:
-    return TiledMatrix(w) if packs(w) else Matrix(w)
+    if packs(w):
+        return TiledMatrix(w)
+    return FloatMatrix(w) if own_floats(w) and len(w) % 32 == 0 else Matrix(w)
 
 
 def gradient(dy: Tensor, x: Tensor, out: Tensor | None = None, square: Tensor | None = None) -> Tensor:
     """dy^T x: [N, out] and [N, in] -> [out, in]; the sum of its squares goes to `square`, float64."""
-    if not tiled(dy, x):
-        out = torch.mm(dy.t(), x, out=out)
-        if square is not None:
-            square.copy_(out.double().square().sum())
+    if tiled(dy, x):
+        out = empty(dy.shape[1], x.shape[1], dtype=dy.dtype) if out is None else out
+        kernels.call("gradient", dy.dtype, *dy.shape, x.shape[1], dy, dy.stride(0), x, x.stride(0), out, square)
         return out
-    out = empty(dy.shape[1], x.shape[1], dtype=dy.dtype) if out is None else out
-    kernels.call("gradient", dy.dtype, *dy.shape, x.shape[1], dy, dy.stride(0), x, x.stride(0), out, square)
+    if own_floats(dy, x):
+        out = empty(dy.shape[1], x.shape[1]) if out is None else out
+        kernels.call("gradient_floats", dy.dtype, *dy.shape, x.shape[1], dy, dy.stride(0), x, x.stride(0), out)
+    else:
+        out = torch.mm(dy.t(), x, out=out)
+    if square is not None:
+        square.copy_(out.double().square().sum())
     return out

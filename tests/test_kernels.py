@@ -16,6 +16,7 @@ import device
 import kernels
 from fast import FastClassifier
 from layers import Layer
+from tiles import FloatMatrix, gradient, matrix
 
 compiled = pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
 
@@ -98,3 +99,25 @@ def test_caches_tell_processors_apart(monkeypatch):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda amx=amx: {"amx_bf16": amx, "avx512_bf16": True})
         seen.add(device.arithmetic(torch.device("cpu"), "bf16"))
     assert len(seen) == 3
+
+
+@compiled
+@pytest.mark.parametrize("threads", [1, 2, 7, 40])
+def test_fp32_products_are_the_library_s(threads: int):
+    """For few rows, several blocks of rows, more than one stretch of the inner dimension, and threads to spare."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for n, width, out in [(1, 64, 96), (5, 64, 32), (45, 416, 64), (210, 800, 96)]:
+            x, w, dy = torch.randn(n, width + 32)[:, :width], torch.randn(out, width), torch.randn(n, out)
+            own = matrix(w)
+            assert type(own) is FloatMatrix
+            for found, expected in [
+                (own.forward(x), x.double() @ w.double().t()),
+                (own.backward(dy), dy.double() @ w.double()),
+                (own.backward(dy, 32), (dy.double() @ w.double())[:, 32:]),
+                (gradient(dy, x), dy.double().t() @ x.double()),
+            ]:
+                torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-4)
+    finally:
+        torch.set_num_threads(before)

@@ -15,7 +15,8 @@ from fast import FastClassifier, Replay
 from optim import FastAdamW
 from tape import Workspace
 
-pytestmark = pytest.mark.skipif(not kernels.tiles(), reason="no bf16 products of our own here, or no compiler")
+pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no compiler")
+PRECISIONS = ["fp32", pytest.param("bf16", marks=pytest.mark.skipif(not kernels.tiles(), reason="no bf16 products"))]
 
 SHAPES = ((6, 9), (4, 20), (6, 9), (2, 3), (4, 20), (6, 9))
 
@@ -32,13 +33,13 @@ def last_layer() -> torch.nn.Module:
     return adapted(full(), lora_dropout=0.1, layers_to_transform=[2], layers_pattern="layer")
 
 
-def steps(model: torch.nn.Module, replays: bool, parts: int = 1, prefix: int = 0) -> tuple[list[float], Tensor]:
+def steps(model: torch.nn.Module, precision: str, replays: bool, parts: int, prefix: int) -> tuple[list[float], Tensor]:
     """Losses of a few steps on batches of returning shapes, weights after them, and what these make of the batches."""
     torch.manual_seed(1)
     model = copy.deepcopy(model).train()
-    fast = FastClassifier(model, "bf16", prefix)
-    assert fast.tiled
-    fast.tiled = replays
+    fast = FastClassifier(model, precision, prefix)
+    assert fast.recordable
+    fast.recordable, fast.tiled = replays, fast.tiled and replays
     optimizer, losses = FastAdamW(fast, lr=1e-2), []
     for step, (b, length) in enumerate(SHAPES):
         optimizer.zero_grad()
@@ -58,15 +59,20 @@ def steps(model: torch.nn.Module, replays: bool, parts: int = 1, prefix: int = 0
 
 @pytest.mark.parametrize(("make", "prefix"), [(full, 0), (lora, 0), (last_layer, 0), (last_layer, 2)])
 @pytest.mark.parametrize(("parts", "most"), [(1, 512), (2, 512), (1, 2)])
-def test_a_replay_gives_the_bits_of_computing_anew(make: Callable, prefix: int, parts: int, most: int, monkeypatch):
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_replay_gives_the_bits_of_computing_anew(
+    make: Callable, prefix: int, parts: int, most: int, precision: str, monkeypatch
+):
     monkeypatch.setattr(Replay, "MOST", most)
-    (replayed, weights), (computed, expected) = (steps(make(), replays, parts, prefix) for replays in (True, False))
+    (replayed, weights), (computed, expected) = (
+        steps(make(), precision, replays, parts, prefix) for replays in (True, False)
+    )
     assert replayed == computed and torch.equal(weights, expected)
     assert len(set(replayed)) == len(replayed)
 
 
 def test_a_pass_begun_before_another_has_ended_keeps_its_numbers():
-    fast = FastClassifier(tiny(dim=32), "bf16")
+    fast = FastClassifier(tiny(dim=32), "fp32")
     ids, lengths, labels = batch()
     others = ids.flip(0)
 

@@ -1,0 +1,81 @@
+// Matrix products in fp32, for processors without bf16 ones: as fast as the library's (it depends on the shape which are
+// faster), but they can be recorded (tape.py).
+
+#pragma once
+
+#include "kernels.h"
+
+static const i64 PANEL = 2 * LANES, DEPTH = 384, HIGH = 96, GROUP = 4;
+
+// `deep` numbers of PANEL columns of the right operand, side by side: from b, rows ldb apart, or, TURNED, from b^T.
+template <bool TURNED>
+static void pack_panel(i64 deep, const float* __restrict b, i64 ldb, float* __restrict to) {
+    if (!TURNED)
+        for (i64 i = 0; i < deep; i++) std::copy_n(b + i * ldb, PANEL, to + i * PANEL);
+    else
+        for (i64 i = 0; i < deep; i += WIDTH)  // `deep` is a multiple of it here
+            for (i64 x = 0; x < PANEL; x++)
+                for (i64 y = i; y < i + WIDTH; y++) to[y * PANEL + x] = b[x * ldb + y];
+}
+
+// c [m, n] = a [m, k] b [k, n], or, TURNED, a b^T; a has any strides, n is a multiple of PANEL. A panel stays in the
+// first cache for HIGH rows, a GROUP of them in the second. The order of the sums depends on k alone.
+template <bool TURNED>
+static void multiply_floats(i64 m, i64 n, i64 k, const float* a, i64 row, i64 column, const float* b, i64 ldb, float* c,
+                     i64 ldc) {
+    const i64 threads = omp_get_max_threads(), group = std::clamp<i64>(n / PANEL / threads, 1, GROUP) * PANEL;
+    const i64 parts = std::max<i64>(1, threads * group / n), high = (m / parts + 6) / 6 * 6;  // rows, for many threads
+#pragma omp parallel
+    {
+        static thread_local std::vector<float> panels(GROUP * DEPTH * PANEL);
+#pragma omp for collapse(2) schedule(static)
+        for (i64 part = 0; part < parts; part++)
+            for (i64 first = 0; first < n; first += group) {
+                const i64 last = std::min(n, first + group), end = std::min(m, (part + 1) * high);
+                for (i64 p = 0; p < k; p += DEPTH) {
+                    const i64 deep = std::min(DEPTH, k - p);
+                    for (i64 j = first; j < last; j += PANEL)
+                        pack_panel<TURNED>(deep, TURNED ? b + j * ldb + p : b + p * ldb + j, ldb,
+                                           panels.data() + (j - first) * deep);
+                    for (i64 i = part * high; i < end; i += HIGH)
+                        for (i64 j = first; j < last; j += PANEL)
+                            (p ? strip<2, true> : strip<2, false>)(
+                                std::min(HIGH, end - i), deep, a + i * row + p * column, row, column,
+                                panels.data() + (j - first) * deep, PANEL, c + i * ldc + j, ldc);
+                }
+            }
+    }
+}
+
+// y [n, out] = x w^T, rows of x and w ldx and ldw apart.
+static void multiply_forward(i64 n, i64 out, i64 in, const float* x, i64 ldx, const float* w, i64 ldw, float* y) {
+    multiply_floats<true>(n, out, in, x, ldx, 1, w, ldw, y, out);
+}
+
+// dx [n, in] = dy w.
+static void multiply_backward(i64 n, i64 in, i64 out, const float* dy, i64 ldy, const float* w, i64 ldw, float* dx) {
+    multiply_floats<false>(n, in, out, dy, ldy, 1, w, ldw, dx, in);
+}
+
+// dw [out, in] = dy^T x.
+static void gradient_floats(i64 n, i64 out, i64 in, const float* dy, i64 ldy, const float* x, i64 ldx, float* dw) {
+    multiply_floats<false>(out, in, n, dy, 1, ldy, x, ldx, dw, in);
+}
+
+// As `lora_up_gradient`.
+static void lora_up_gradient_floats(i64 n, i64 out, i64 r, i64 groups, const i64* offsets, const float* factors,
+                                    const float* dy, i64 ldy, const float* h, i64 ldh, float* dB) {
+    const i64 ranks = whole(r);
+#pragma omp parallel
+    {
+        std::vector<float> right(n * ranks), sums(HIGH * ranks), nothing(r);
+#pragma omp for collapse(2) schedule(static)
+        for (i64 g = 0; g < groups; g++)
+            for (i64 i = 0; i < out; i += HIGH) {
+                const i64 rows = std::min(HIGH, out - i);
+                gather(n, r, h + g * r, ldh, nothing.data(), 1, right.data());
+                product(rows, ranks, n, dy + offsets[g] + i, 1, ldy, right.data(), ranks, sums.data(), ranks);
+                scatter(rows, r, sums.data(), factors[g], dB + (g * out + i) * r, r);
+            }
+    }
+}

@@ -10,8 +10,8 @@ also dropped if it is any run of words of a test row, a single one too.
         that share nothing with the test rows of the second, and these. experiments/transfer.toml trains on them.
         data/rotten_tomatoes_and_sst2: the rows of both, tested on Rotten Tomatoes. experiments/best.toml trains on it.
     python experiments/transfer.py --dataset_dir DIR runs/rotten_tomatoes runs/sst2
-        scores models that were trained on all rows on the test rows that are left without the shared ones, one
-        Markdown row a run. Few are left.
+        counts what is shared, a set's own validation and training rows too, and scores models that were trained on all
+        rows on the test rows that are left without the shared ones, one Markdown row a run. Few are left.
 """
 
 import argparse
@@ -153,19 +153,25 @@ def save(folder: Path, split: str, texts: list[str], labels: list[int]) -> None:
     pq.write_table(table, folder / f"{split}.parquet")
 
 
+def count(mine: list[str], others: list[str]) -> tuple[np.ndarray, str]:
+    """Places of the rows that share no sentence with the others, and how many do, in words."""
+    found = shared_rows(mine, others)
+    left = np.flatnonzero(~np.logical_or.reduce(list(found.values())))
+    kinds = ", ".join(f"{rows.sum()} {kind}" for kind, rows in found.items())
+    return left, f"{kinds}, of {len(mine)}; {len(left)} are left"
+
+
 def table(folders: list[Path], sets: dict) -> list[str]:
     """The counts of what is shared, and a Markdown row a run."""
     from metrics import score_with_intervals
 
     lines, keep = [], {}
     for source, target in OTHER.items():
-        trained = [text for split in ("train", "validation") for text in sets[source].splits[split]["text"][:]]
-        found = shared_rows(sets[target].splits["test"]["text"][:], trained)
-        keep[target] = np.flatnonzero(~np.logical_or.reduce(list(found.values())))
-        counts = ", ".join(f"{rows.sum()} {kind}" for kind, rows in found.items())
-        rows = len(found["whole"])
-        lines.append(f"- {target} test rows in {source}'s training and validation rows: {counts}, of {rows}; "
-                     f"{len(keep[target])} are left")  # fmt: skip
+        lines.append(f"- {source} validation rows in its own training rows: "
+                     f"{count(of(sets, source, 'validation')[0], of(sets, source, 'train')[0])[1]}")  # fmt: skip
+        trained = of(sets, source, "train")[0] + of(sets, source, "validation")[0]
+        keep[target], counts = count(of(sets, target, "test")[0], trained)
+        lines.append(f"- {target} test rows in {source}'s training and validation rows: {counts}")
     lines += ["", "| run | own test accuracy | tested on | rows left | accuracy (95% over rows) | precision |"]
     lines.append("|---|---|---|---|---|---|")
     for folder in folders:

@@ -15,10 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import ROOT, read_json, read_lines
 
 import models
+from fast import FastClassifier
 from main import main
+from predict import Predictor, open_saved
 
 METHODS = {
     "full": ("--finetune", "--epochs", "2", "--lr", "1e-2"),
@@ -65,6 +68,35 @@ def shell(line: str) -> subprocess.CompletedProcess:
 
 def lines(out: str) -> list[dict]:
     return [json.loads(line) for line in out.splitlines()]
+
+
+def stir(model: torch.nn.Module, part: str) -> None:
+    torch.manual_seed(len(part))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if part in name:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+
+
+@pytest.mark.parametrize("close", [0, 100], ids=["as they come", "again in fp32"])
+@pytest.mark.parametrize("part", ["distilbert.transformer", "classifier"])
+def test_weights_that_are_read_again_are_the_ones_computed_with(runs, close: float, part: str, monkeypatch):
+    """In bf16 and fp32 a forward pass has copies of its own; experiments/average.py changes weights."""
+    monkeypatch.setattr("predict.CLOSE", close)
+    one, other = (Predictor(open_saved(str(runs["full"]), "predict"), "cpu", "bf16") for _ in range(2))
+    texts = [text for text in TEXTS if text.strip()]
+    for predictor in (one, other):  # away from near-zero weights, which nothing depends on
+        stir(predictor.model, "")
+    one.read_weights()
+    before = one(texts)
+    for predictor in (one, other):
+        stir(predictor.model, part)
+    one.read_weights()
+    fresh = FastClassifier(other.model, "fp32")
+    ids, _ = one.cutter(texts)
+    expected = [fresh(torch.tensor([row]), torch.tensor([len(row)])).softmax(1)[0].tolist() for row in ids]
+    assert np.abs(expected - before).max() > 0.05
+    assert one(texts) == pytest.approx(np.array(expected), abs=1e-5 if close else 0.03)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -260,7 +260,7 @@ def _judge_similar(statement: Similar, difference: stats.Difference) -> Finding:
 
 def _judge_bound(statement: Bound, mine: Cell, other: Cell | None) -> Finding:
     if other:
-        devices = [run.facts["device"] for cell in (mine, other) for run in (*cell.runs, *cell.repeats)]
+        devices = [run.machine for cell in (mine, other) for run in (*cell.runs, *cell.repeats)]
         shared = [device for device in sorted({*devices}) if mine.on(device) and other.on(device)]
         if not shared:
             return Finding(statement.text, "undecided", "not run on one device", "0")

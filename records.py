@@ -66,6 +66,11 @@ class Run:
         return tuple((key, value) for key, value in identity({**self.config, **places}) if key != "seed")
 
     @property
+    def machine(self) -> str:
+        """The device with its number of threads, and the precision: where all are the same, costs can be compared."""
+        return f"{self.facts['device']}, {self.facts['precision']}"
+
+    @property
     def key(self) -> tuple:
         """`cell`, under the data set's name: others may have the same test rows."""
         return self.data["name"], self.cell
@@ -77,7 +82,7 @@ class Cell:
 
     name: str
     runs: tuple[Run, ...]
-    repeats: tuple[Run, ...] = ()  # of a seed on another device: they count for costs, not for quality
+    repeats: tuple[Run, ...] = ()  # of a seed on another machine: they count for costs, not for quality
 
     @property
     def first(self) -> Run:
@@ -88,9 +93,9 @@ class Cell:
         values = [run.facts.get(key) for run in self.runs]
         return None if None in values else float(np.mean(values))
 
-    def on(self, device: str) -> "Cell | None":
-        """Its runs on one device, by name and number of threads; None if there are none. Costs compare only there."""
-        runs = tuple(run for run in (*self.runs, *self.repeats) if run.facts["device"] == device)
+    def on(self, machine: str) -> "Cell | None":
+        """Its runs on one machine; None if there are none. Costs compare only there."""
+        runs = tuple(run for run in (*self.runs, *self.repeats) if run.machine == machine)
         return Cell(self.name, runs) if runs else None
 
     def val(self, key: str) -> float:
@@ -142,7 +147,7 @@ def group_cells(runs: list[Run]) -> tuple[list[list[Cell]], list[str]]:
         seeds = groups.setdefault(test, {}).setdefault(run.cell, {})
         if run.seed in seeds:
             repeats.append(run.name)
-            if run.facts["device"] != seeds[run.seed].facts["device"]:
+            if run.machine != seeds[run.seed].machine:
                 again.setdefault(id(seeds), []).append(run)
         seeds.setdefault(run.seed, run)
     done = []

@@ -206,7 +206,7 @@ def group_blocks(
     data, model = group[0].first.data, group[0].first.model
     best = best_cells(group)
     top = max(best.values(), key=lambda cell: cell.val("accuracy"))
-    devices = ", ".join(sorted({run.facts["device"] + ", " + run.facts["precision"] for c in group for run in c.runs}))
+    devices = ", ".join(sorted({run.machine for c in group for run in c.runs}))
     rows = " / ".join(f"{data['rows'][split]:,}" for split in ("validation", "test"))
     about = (
         f"{rows} rows (validation / test; test fingerprint {data['fingerprints']['test'][:12]}), classes "
@@ -316,7 +316,7 @@ def cost_blocks(group: list[Cell], scores: dict[tuple, dict[str, stats.Scores]],
         "added by training (MB)",
     )
     head += (f"s to {goal:.2f} val. accuracy",)
-    devices = sorted({run.facts["device"] for cell in group for run in (*cell.runs, *cell.repeats)})
+    devices = sorted({run.machine for cell in group for run in (*cell.runs, *cell.repeats)})
     several = len(devices) > 1
     timed = [cell.on(device) for cell in group for device in devices]
     rows = []
@@ -324,7 +324,7 @@ def cost_blocks(group: list[Cell], scores: dict[tuple, dict[str, stats.Scores]],
         peak, before = cell.fact("peak_memory_bytes"), cell.fact("memory_before_training_bytes")
         row = [cell.name, f"{cell.fact('trainable_parameters'):,.0f}", f"{cell.fact('train_seconds'):,.0f}"]
         row += [f"{cell.fact('samples_per_second'):,.0f}", f"{peak / 1e6:,.0f}", f"{(peak - before) / 1e6:,.0f}"]
-        row += [analysis.time_to(cell, float(goal)), *([cell.first.facts["device"]] * several)]
+        row += [analysis.time_to(cell, float(goal)), *([cell.first.machine] * several)]
         rows.append(tuple(row))
     # One device for the pictures: that of the most methods.
     chosen = max(devices, key=lambda name: len({variant_name(cell) for cell in group if cell.on(name)}))

@@ -201,7 +201,7 @@ def test_costs_are_told_for_each_device(studies, tmp_path):
     runs = [replace(run, facts=run.facts | slow) if run.seed == 1 else run for run in studies]
     text = report.markdown(report.build(group_cells(runs)[0], tmp_path))
     rows = [line for line in text.splitlines() if line.startswith("| full 2e-5 |") and "machine" in line]
-    assert [row.split(" | ")[-1] for row in rows[:2]] == ["a slow machine |", "no machine at all |"]
+    assert [row.split(" | ")[-1] for row in rows[:2]] == ["a slow machine, bf16 |", "no machine at all, bf16 |"]
     assert "1,000,000" in rows[0] and "1,000,000" not in rows[1]
 
 

@@ -9,6 +9,7 @@ import kernels
 from tape import empty
 
 Dropout = tuple[Tensor | None, Tensor | None, float]  # random bytes, limits, 1 / (1 - p)
+NOTHING: Dropout = (None, None, 1.0)  # is dropped
 
 
 class Draw:
@@ -41,7 +42,7 @@ class Draw:
         16 more than columns, since the kernels look at whole vectors.
         """
         if not self.training or p == 0:
-            return None, None, 1.0
+            return NOTHING
         per_row, low = math.prod(shape) // (groups * self.rows), math.floor(p * 256)
         threshold, columns, n = round((p * 256 - low) * 65536) - 32768, shape[-1] + 16, groups * self.whole * per_row
         if device.type == "cpu" and kernels.library():

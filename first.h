@@ -47,12 +47,8 @@ struct First {
             gather(n, at.in, at.x + sequence * at.l * at.ldx, at.ldx, none.data(), 1, X.data());
             transpose(n, at.in, X.data(), XT.data(), at.keys());
         }
-        // What dropout makes of the probabilities of one head of a sequence: `keep` [n].
-        void kept(i64 sequence, i64 head, i64 n) {
-            const int8_t* __restrict bits = at.drop.bits + (sequence * at.h + head) * at.l;
-            const int8_t* __restrict limit = at.drop.limit;
-            for (i64 j = 0; j < whole(n); j++) keep[j] = !at.drop.bits || bits[j] >= limit[j] ? at.drop.scale : 0.0f;
-        }
+        // What dropout multiplies the probabilities of one head of a sequence with: `keep` [n].
+        void kept(i64 sequence, i64 head, i64 n) { at.drop.factors(n, (sequence * at.h + head) * at.l, keep.data()); }
     };
 };
 

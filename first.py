@@ -5,12 +5,10 @@ from collections.abc import Iterator
 from torch import Tensor
 
 import kernels
-from dropout import Draw, Dropout
+from dropout import NOTHING, Draw, Dropout
 from layers import Shape
 from linear import Linear
 from tape import empty
-
-NOTHING: Dropout = (None, None, 1.0)
 
 
 class KeysValues(Linear):
@@ -51,7 +49,7 @@ class FirstAttention:
 
     def room(self, shape: Shape) -> Tensor:
         """For a row as wide as the input, and filled up to whole vectors, of each head; and one vector more."""
-        return empty(shape.b * self.heads * -(-self.kv.wide.shape[1] // 16) * 16 + 16)
+        return empty(shape.b * self.heads * kernels.whole(self.kv.wide.shape[1]) + kernels.WIDTH)
 
     def forward(self, q: Tensor, x: Tensor, context: Tensor, shape: Shape, draw: Draw) -> tuple:
         """q [B, D], the input x [B L, in] -> context [B, D], and what backward needs."""
@@ -60,7 +58,7 @@ class FirstAttention:
         sizes = (shape.b, self.heads, shape.length, self.width // self.heads, x.shape[1], x.stride(0))
         given = (*sizes, shape.lengths, q, x, self.kv.wide, self.q_bias, self.v_bias, *drop)
         queries, means, left = self.room(shape), self.room(shape), empty(shape.b * self.heads)
-        probabilities = empty(shape.b * self.heads, -(-shape.length // 16) * 16)
+        probabilities = empty(shape.b * self.heads, kernels.whole(shape.length))
         kernels.call("attend_first", x.dtype, *given, context, context.stride(0), queries, means, probabilities, left)
         return given, down, queries, means, probabilities, left
 

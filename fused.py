@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from dropout import Draw, Dropout
-from first import NOTHING, FirstAttention, KeysValues
+from dropout import NOTHING, Draw, Dropout
+from first import FirstAttention, KeysValues
 from layers import Layer, Norm, Shape, Stream
 from linear import Arena, Linear, LoraLinear, base_layer
 from tape import empty
@@ -28,8 +28,8 @@ class FusedLoraLinear(LoraLinear):
 
     def read_down(self) -> None:
         """Have A as the way down reads it, and have that follow the weights: in fp32, padded to whole vectors."""
-        self.matrices = torch.zeros(len(self.parts), self.width, -(-self.r // 16) * 16)
-        self.padded = torch.zeros(len(self.parts), self.r, -(-self.width // 16) * 16)
+        self.matrices = torch.zeros(len(self.parts), self.width, kernels.whole(self.r))
+        self.padded = torch.zeros(len(self.parts), self.r, kernels.whole(self.width))
         self.arena.listeners.append(self.turn)
         self.turn()
 

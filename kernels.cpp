@@ -137,12 +137,6 @@ struct Heads {
         product(l, whole(n), d, Q, wide(), 1, KT, keys(), S, keys());
         for (i64 i = 0; i < l; i++) std::fill(S + i * keys() + n, S + i * keys() + whole(n), -INFINITY);
     }
-    // The factors of dropout for one row of probabilities. There are WIDTH bytes more than bytes in use.
-    void kept(i64 head, i64 i, i64 n, float* __restrict factor) const {
-        const int8_t *__restrict bits = drop.bits + (head * l + i) * l, *__restrict limit = drop.limit;
-        const float scale = drop.scale;
-        for (i64 j = 0; j < whole(n); j++) factor[j] = bits[j] >= limit[j] ? scale : 0.0f;
-    }
 };
 
 // norms [B, H, L, 2]: each row's highest score and 1 / its sum of exponentials, for the way back. Rows of context
@@ -171,7 +165,7 @@ static void attend(i64 b, i64 h, i64 l, i64 d, i64 ld, const i64* lengths, const
                 norm[0] = top, norm[1] = sum = 1 / sum;
                 for (i64 j = 0; j < full; j++) p[j] *= sum;
                 if (at.drop.bits) {
-                    at.kept(head, i, n, keep.data());
+                    at.drop.factors(n, (head * at.l + i) * at.l, keep.data());
                     for (i64 j = 0; j < full; j++) p[j] *= keep[j];
                 }
             }
@@ -209,7 +203,7 @@ static void attend_backward(i64 batch, i64 heads, i64 l, i64 d, i64 ld, const i6
                 const float* norm = norms + 2 * (head * at.l + i);
                 for (i64 j = 0; j < full; j++) p[j] = fast_exp(p[j] - norm[0]) * norm[1];
                 if (at.drop.bits) {
-                    at.kept(head, i, n, keep.data());
+                    at.drop.factors(n, (head * at.l + i) * at.l, keep.data());
                     for (i64 j = 0; j < full; j++) g[j] *= keep[j];
                 }
 #pragma omp simd reduction(+ : dot)

@@ -79,6 +79,9 @@ class ColumnSums {
     std::vector<float> parts;
 };
 
+static const i64 WIDTH = 16;  // rows are filled up to multiples of it: whole vectors, however long the processor's are
+static i64 whole(i64 n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }
+
 // Dropout: the element of a row in column j is kept where its random byte is at least limit[j] (see Draw).
 struct Dropout {
     const int8_t *bits, *limit;  // both null: nothing is dropped
@@ -93,6 +96,16 @@ struct Dropout {
             for (i64 j = 0; j < n; j++) to[j] = random[j] >= least[j] ? load(from[j]) * factor : 0.0f;
         else
             for (i64 j = 0; j < n; j++) to[j] = load(from[j]);
+    }
+
+    // to [whole(n)] = what such a row is multiplied with. There are WIDTH bytes more than bytes in use.
+    void factors(i64 n, i64 start, float* __restrict to) const {
+        const int8_t *__restrict random = bits + start, *__restrict least = limit;
+        const float factor = scale;
+        if (bits)
+            for (i64 j = 0; j < whole(n); j++) to[j] = random[j] >= least[j] ? factor : 0.0f;
+        else
+            std::fill_n(to, whole(n), 1.0f);
     }
 };
 
@@ -122,9 +135,6 @@ static void draw(const i64* seed, i64 n, int8_t* bits, i64 columns, i64 threshol
     random_bytes((columns + 1) / 2 * 4, ~*seed, (uint32_t*)coins.data());
     for (i64 j = 0; j < columns; j++) limit[j] = int8_t(least + (coins[j] < threshold));
 }
-
-static const i64 WIDTH = 16;  // rows are filled up to multiples of it: whole vectors, however long the processor's are
-static i64 whole(i64 n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }
 
 // The processor's vectors. Of longer ones gcc makes code ten times slower: a step with AVX2 took 334 ms instead of 248,
 // with LoRA 471 instead of 216.

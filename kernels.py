@@ -67,10 +67,16 @@ SIGNATURES = {  # i: int64, p: pointer, f: float; in the order of kernels.cpp's 
 RESULTS = {"square_sum": ctypes.c_double, "tiles_allowed": ctypes.c_bool}
 TYPES = {"i": ctypes.c_int64, "p": ctypes.c_void_p, "f": ctypes.c_float}
 SLOTS = {"i": "q", "p": "Q", "f": "f4x"}  # the same on a tape: eight bytes each
+WIDTH = 16  # as in kernels.h
 NAMES = {torch.bfloat16: "bf16", torch.float32: "float"}
 
 
 tape = None  # the tape.Tape that calls are recorded on
+
+
+def whole(n: int) -> int:
+    """n filled up to whole vectors."""
+    return -(-n // WIDTH) * WIDTH
 
 
 class Kernel(NamedTuple):

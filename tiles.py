@@ -10,20 +10,21 @@ import kernels
 from tape import empty
 
 
-def tiled(*tensors: Tensor) -> bool:
-    """Whether products of these run on tiles: bf16, CPU, and every width a multiple of 32."""
+def _fit(dtype: torch.dtype, *tensors: Tensor) -> bool:
+    """Whether our own products could take these: CPU, and every width a multiple of 32."""
     return all(
-        t.dtype == torch.bfloat16 and t.device.type == "cpu" and t.shape[-1] % 32 == 0 and t.stride(-1) == 1
-        for t in tensors
-    ) and kernels.tiles()  # fmt: skip
+        t.dtype == dtype and t.device.type == "cpu" and t.shape[-1] % 32 == 0 and t.stride(-1) == 1 for t in tensors
+    )
+
+
+def tiled(*tensors: Tensor) -> bool:
+    """Whether products of these run on tiles, in bf16."""
+    return _fit(torch.bfloat16, *tensors) and kernels.tiles()
 
 
 def own_floats(*tensors: Tensor) -> bool:
-    """Whether products of these are our own in fp32: CPU, compiled, and every width a multiple of 32."""
-    return all(
-        t.dtype == torch.float32 and t.device.type == "cpu" and t.shape[-1] % 32 == 0 and t.stride(-1) == 1
-        for t in tensors
-    ) and kernels.library() is not None  # fmt: skip
+    """Whether products of these are our own in fp32."""
+    return _fit(torch.float32, *tensors) and kernels.library() is not None
 
 
 class Matrix:

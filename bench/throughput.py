@@ -178,11 +178,7 @@ def report(job: runs.Job, args: argparse.Namespace, seconds: dict[str, list[floa
         share = f"{rate * tokens * flops_per_token(job.model) / peak:.0%}" if "LoRA" not in name else "-"
         lines.append(f"| {name} | {rate:.0f} ({low:.0f}-{high:.0f}) | {' | '.join(ratios)} | {share} |")
     print("\n".join(lines))
-    draw(
-        rates,
-        Path(__file__).parent / "throughput.png",
-        f"{device.device_name(job.accelerator.device)}, {job.precision}",
-    )
+    draw(rates, Path(__file__).parent / "throughput.png", where)
 
 
 def draw(rates: dict[str, float], path: Path, where: str) -> None:

@@ -167,10 +167,9 @@ def table(folders: list[Path], sets: dict) -> list[str]:
 
     lines, keep = [], {}
     for source, target in OTHER.items():
-        lines.append(f"- {source} validation rows in its own training rows: "
-                     f"{count(of(sets, source, 'validation')[0], of(sets, source, 'train')[0])[1]}")  # fmt: skip
-        trained = of(sets, source, "train")[0] + of(sets, source, "validation")[0]
-        keep[target], counts = count(of(sets, target, "test")[0], trained)
+        train, validation = (of(sets, source, split)[0] for split in ("train", "validation"))
+        lines.append(f"- {source} validation rows in its own training rows: {count(validation, train)[1]}")
+        keep[target], counts = count(of(sets, target, "test")[0], train + validation)
         lines.append(f"- {target} test rows in {source}'s training and validation rows: {counts}")
     lines += ["", "| run | own test accuracy | tested on | rows left | accuracy (95% over rows) | precision |"]
     lines.append("|---|---|---|---|---|---|")

@@ -71,8 +71,9 @@ def test_a_replay_gives_the_bits_of_computing_anew(
     assert len(set(replayed)) == len(replayed)
 
 
-def test_a_pass_begun_before_another_has_ended_keeps_its_numbers():
-    fast = FastClassifier(tiny(dim=32), "fp32")
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_pass_begun_before_another_has_ended_keeps_its_numbers(precision: str):
+    fast = FastClassifier(tiny(dim=32), precision)
     ids, lengths, labels = batch()
     others = ids.flip(0)
 

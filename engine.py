@@ -80,7 +80,7 @@ class FastEngine:
     """fast.py and optim.py: hand-written forward and backward, one flat gradient, lazy embedding rows.
 
     On CPU what lies between the matrix products is compiled (kernels.py) where there is a compiler, and the products
-    too where the processor has instructions for them, AMX or AVX512-BF16 (tiles.py).
+    too (tiles.py): those in fp32, and those in bf16 where the processor has instructions for them, AMX or AVX512-BF16.
     """
 
     def __init__(
@@ -95,7 +95,8 @@ class FastEngine:
     ) -> None:
         self.model, self.frozen_prefix = model, frozen_prefix
         self.classifier = fast.FastClassifier(model, precision, frozen_prefix)
-        self.name = "fast" + ", compiled kernels" * self.classifier.compiled + " and products" * self.classifier.tiled
+        compiled, products = self.classifier.compiled, self.classifier.recordable
+        self.name = "fast" + ", compiled kernels" * compiled + " and products" * products
         self.optimizer = FastAdamW(self.classifier, lr=lr, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
         self.distributed = accelerator.num_processes > 1
 

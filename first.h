@@ -37,10 +37,9 @@ struct First {
             gather(at.d, at.in, at.W + (values * at.h + head) * at.d * at.in, at.in, none.data(), 1, rows.data());
             transpose(at.d, at.in, rows.data(), turned.data(), at.columns());
         }
-        // One head's columns of [b, h d], plus `shift`, as `some` [b, columns()].
-        void head(const T* from, i64 head, const float* shift, float scale) {
-            gather(at.b, at.d, from + head * at.d, at.h * at.d, (shift ? shift : none.data()) + head * at.d, scale,
-                   some.data());
+        // One head's columns of [b, h d], rows ld apart, plus `shift`, as `some` [b, columns()].
+        void head(const T* from, i64 ld, i64 head, const float* shift, float scale) {
+            gather(at.b, at.d, from + head * at.d, ld, (shift ? shift : none.data()) + head * at.d, scale, some.data());
         }
         // The tokens of a sequence, X [n, wide()] and XT [wide(), keys()].
         void tokens(i64 sequence, i64 n) {
@@ -66,7 +65,7 @@ static void attend_first(i64 b, i64 h, i64 l, i64 d, i64 in, i64 ldx, const i64*
         typename First<T>::Own own(at);
 #pragma omp for schedule(static)
         for (i64 head = 0; head < h; head++) {
-            own.weights(head, 0), own.head(q, head, q_bias, 1 / std::sqrt(float(d)));
+            own.weights(head, 0), own.head(q, h * d, head, q_bias, 1 / std::sqrt(float(d)));
             product(b, wide, d, own.some.data(), columns, 1, own.rows.data(), wide, queries + head * wide, h * wide);
         }
 #pragma omp for schedule(static)
@@ -101,23 +100,24 @@ static void attend_first(i64 b, i64 h, i64 l, i64 d, i64 in, i64 ldx, const i64*
     }
 }
 
-// dcontext [b, h d] -> dq [b, h d], dx [b, l, in] (unless null), the sums of inputs by the scores' gradients, and the
-// gradient of both biases [2 h d] (unless null). `through`: room for dcontext through the weights.
+// dcontext [b, h d], rows ldc apart -> dq [b, h d], the columns from `first` on of the gradient of x, dx [b, l,
+// in - first] (unless null), the sums of inputs by the scores' gradients, and the gradient of both biases [2 h d]
+// (unless null). `through`: room for dcontext through the weights.
 template <class T>
 static void attend_first_backward(i64 b, i64 h, i64 l, i64 d, i64 in, i64 ldx, const i64* lengths, const T* q,
                                   const T* x, const T* W, const float* q_bias, const float* v_bias, const int8_t* bits,
                                   const int8_t* limit, float scale, const float* queries, const float* probabilities,
-                                  const float* left, const T* dcontext, float* through, float* sums, T* dq, T* dx,
-                                  float* dbias) {
+                                  const float* left, const T* dcontext, i64 ldc, float* through, float* sums,
+                                  T* dq, i64 first, T* dx, float* dbias) {
     const First<T> at = {b, h, l, d, in, ldx, lengths, q, x, W, q_bias, v_bias, {bits, limit, scale}};
-    const i64 wide = at.wide(), keys = at.keys(), columns = at.columns();
+    const i64 wide = at.wide(), keys = at.keys(), columns = at.columns(), count = in - first;
 #pragma omp parallel
     {
         typename First<T>::Own own(at);
-        std::vector<float> out(dx ? keys * wide : 0);
+        std::vector<float> out(dx ? keys * whole(count) : 0);
 #pragma omp for schedule(static)
         for (i64 head = 0; head < h; head++) {
-            own.weights(head, 1), own.head(dcontext, head, nullptr, 1);
+            own.weights(head, 1), own.head(dcontext, ldc, head, nullptr, 1);
             product(b, wide, d, own.some.data(), columns, 1, own.rows.data(), wide, through + head * wide, h * wide);
             for (i64 j = 0; dbias && j < d; j++) {
                 float sum = 0;
@@ -133,7 +133,7 @@ static void attend_first_backward(i64 b, i64 h, i64 l, i64 d, i64 in, i64 ldx, c
             for (i64 head = 0; head < h; head++) {  // S becomes the gradient of the scores, P what dropout leaves
                 const float* p = probabilities + (i * h + head) * keys;
                 float *g = own.S.data() + head * keys, *rest = own.P.data() + head * keys, bias = 0, dot = 0;
-                for (i64 j = 0; j < d; j++) bias += v_bias[head * d + j] * load(dcontext[(i * h + head) * d + j]);
+                for (i64 j = 0; j < d; j++) bias += v_bias[head * d + j] * load(dcontext[i * ldc + head * d + j]);
                 own.kept(i, head, n);
 #pragma omp simd reduction(+ : dot)
                 for (i64 j = 0; j < full; j++) {
@@ -144,10 +144,11 @@ static void attend_first_backward(i64 b, i64 h, i64 l, i64 d, i64 in, i64 ldx, c
             }
             product(h, wide, n, own.S.data(), keys, 1, own.X.data(), wide, sums + i * h * wide, wide);
             if (!dx) continue;
-            product(n, wide, h, own.S.data(), 1, keys, queries + i * h * wide, wide, out.data(), wide);
-            product<true>(n, wide, h, own.P.data(), 1, keys, through + i * h * wide, wide, out.data(), wide);
-            std::fill(out.begin() + n * wide, out.begin() + l * wide, 0.0f);
-            scatter(l, in, out.data(), 1, dx + i * l * in, in);
+            const i64 start = i * h * wide + first, ldo = whole(count);
+            product(n, ldo, h, own.S.data(), 1, keys, queries + start, wide, out.data(), ldo);
+            product<true>(n, ldo, h, own.P.data(), 1, keys, through + start, wide, out.data(), ldo);
+            std::fill(out.begin() + n * ldo, out.begin() + l * ldo, 0.0f);
+            scatter(l, count, out.data(), 1, dx + i * l * count, count);
         }
 #pragma omp for schedule(static)
         for (i64 head = 0; head < h; head++) {
@@ -160,9 +161,10 @@ static void attend_first_backward(i64 b, i64 h, i64 l, i64 d, i64 in, i64 ldx, c
 }
 
 // The gradient of `count` columns of W from `first` on, for keys or values: to [h d, count] = scale (left + shift)^T
-// right, head by head. Keys: of the queries and the sums; values: of dcontext (no shift) and the means.
+// right, head by head. Keys: of the queries and the sums; values: of dcontext (no shift) and the means. Rows of `left`
+// are ldl apart.
 template <class T>
-static void attend_first_gradient(i64 b, i64 h, i64 d, i64 in, i64 first, i64 count, const T* left, const float* shift,
+static void attend_first_gradient(i64 b, i64 h, i64 d, i64 in, i64 first, i64 count, const T* left, i64 ldl, const float* shift,
                                   float scale, const float* right, T* to) {
     const i64 wide = whole(in), columns = whole(d);
 #pragma omp parallel
@@ -170,7 +172,7 @@ static void attend_first_gradient(i64 b, i64 h, i64 d, i64 in, i64 first, i64 co
         std::vector<float> none(h * d), some(b * columns), sums(d * whole(count));
 #pragma omp for schedule(static)
         for (i64 head = 0; head < h; head++) {
-            gather(b, d, left + head * d, h * d, (shift ? shift : none.data()) + head * d, scale, some.data());
+            gather(b, d, left + head * d, ldl, (shift ? shift : none.data()) + head * d, scale, some.data());
             product(d, whole(count), b, some.data(), 1, columns, right + head * wide + first, h * wide, sums.data(),
                     whole(count));
             scatter(d, count, sums.data(), 1, to + head * d * count, count);

@@ -67,12 +67,13 @@ class FirstAttention:
         given, down, queries, means, probabilities, left = saved
         (b, heads, _, d, width, *_), q, x = given[:6], given[7], given[8]
         through, sums, dq = self.room(shape), self.room(shape), empty(*dcontext.shape, dtype=x.dtype)
-        dx = empty(len(x), width, dtype=x.dtype) if need_dx or width > self.width else None
-        kernels.call("attend_first_backward", x.dtype, *given, queries, probabilities, left, dcontext, through, sums,
-                     dq, dx, self.kv.dbias)  # fmt: skip
+        start = 0 if need_dx else self.width  # what adapters made of x is read in any case
+        dx = empty(len(x), width - start, dtype=x.dtype) if start < width else None
+        kernels.call("attend_first_backward", x.dtype, *given, queries, probabilities, left, dcontext,
+                     dcontext.stride(0), through, sums, dq, start, dx, self.kv.dbias)  # fmt: skip
         factors = (q, self.q_bias, d**-0.5, sums), (dcontext, None, 1.0, means)  # of keys, of values
         for part, first, columns, factor, target in self.kv.targets():
             rows, shift, scale, right = factors[part]
-            kernels.call("attend_first_gradient", x.dtype, b, heads, d, width, first, columns, rows, shift,
-                         scale * factor, right, target)  # fmt: skip
+            kernels.call("attend_first_gradient", x.dtype, b, heads, d, width, first, columns, rows, rows.stride(0),
+                         shift, scale * factor, right, target)  # fmt: skip
         return dq, self.kv.down_backward(x, down, dx, need_dx)

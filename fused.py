@@ -62,16 +62,16 @@ class FusedLoraLinear(LoraLinear):
         return self.down_backward(wide, drop, dwide, need_dx)
 
     def down_backward(self, wide: Tensor, drop: Dropout, dwide: Tensor, need_dx: bool) -> Tensor | None:
-        """The gradient of [x | h], or of h alone where nobody reads dx -> that of x [N, in]; and A's, to its place."""
-        base, dh = dwide if need_dx else None, dwide[:, -(self.wide.shape[1] - self.width) :]
-        dx = empty(len(wide), self.width, dtype=wide.dtype) if need_dx else None
-        self.down_gradients(wide, drop, base, dh, dx)
+        """The gradient of [x | h], or of h alone where nobody reads dx -> that of x [N, in], in the same memory; and
+        A's, to its place."""
+        dx, dh = dwide[:, : self.width] if need_dx else None, dwide[:, -(self.wide.shape[1] - self.width) :]
+        self.down_gradients(wide, drop, dh, dx)
         return dx
 
-    def down_gradients(self, wide: Tensor, drop: Dropout, base: Tensor | None, dh: Tensor, dx: Tensor | None) -> None:
+    def down_gradients(self, wide: Tensor, drop: Dropout, dh: Tensor, dx: Tensor | None) -> None:
         ddown = self.ddown if self.ddown.dtype == torch.float32 else torch.empty(self.ddown.shape)
         kernels.call("lora_backward", wide.dtype, len(wide), self.width, self.r, len(self.parts), wide, wide.stride(0),
-                     self.padded, *drop, base, dh, dh.stride(0), dx, ddown)  # fmt: skip
+                     self.padded, *drop, dh, dx, dh.stride(0), ddown)  # fmt: skip
         if ddown is not self.ddown:
             self.ddown.copy_(ddown)
 
@@ -109,9 +109,9 @@ class TiledLoraLinear(FusedLoraLinear):
         kernels.call("lora_refresh", self.wide.dtype, *self.wide.shape, self.width, each, self.r, len(self.parts),
                      self.offsets, self.factors, self.up[0], self.wide, matrix.packed, matrix.packed_back)  # fmt: skip
 
-    def down_gradients(self, wide: Tensor, drop: Dropout, base: Tensor | None, dh: Tensor, dx: Tensor | None) -> None:
+    def down_gradients(self, wide: Tensor, drop: Dropout, dh: Tensor, dx: Tensor | None) -> None:
         kernels.call("lora_backward_tiles", wide.dtype, len(wide), self.width, self.r, len(self.parts), wide,
-                     wide.stride(0), self.matrices, *drop, base, dh, dh.stride(0), dx, self.ddown)  # fmt: skip
+                     wide.stride(0), self.matrices, *drop, dh, dx, dh.stride(0), self.ddown)  # fmt: skip
 
 
 def fused_lora(arena: Arena, modules: list[nn.Module]) -> FusedLoraLinear:
@@ -157,7 +157,8 @@ class FusedLayer(Layer):
         """-> gradient of x, fp32, and of y, the output of `linear`, whose bias gets its gradient here."""
         (dy, more), (z, mean, rstd) = stream, saved
         dx, half = empty(*z.shape), empty(*z.shape, dtype=self.dtype)
-        kernels.call("add_norm_backward", self.dtype, *z.shape, dy, more, z, mean, rstd, norm.weight, *drop,
+        stride = 0 if more is None else more.stride(0)
+        kernels.call("add_norm_backward", self.dtype, *z.shape, dy, more, stride, z, mean, rstd, norm.weight, *drop,
                      dx, half, norm.dweight, norm.dbias, linear.dbias)  # fmt: skip
         return dx, half
 
@@ -174,7 +175,7 @@ class FusedLayer(Layer):
     def _attend_backward(self, dcontext: Tensor, saved: tuple, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
         """dcontext: [B L, D]; dq, dk and dv are laid out as q, k and v were."""
         heads, norms = saved
-        kernels.call("attend_backward", self.dtype, *heads, norms, dcontext, dq, dk, dv)
+        kernels.call("attend_backward", self.dtype, *heads, norms, dcontext, dcontext.stride(0), dq, dk, dv)
 
     def _cast(self, x: Tensor, reader: Linear) -> Tensor:
         """x [n, D] as the input of `reader`'s product."""
@@ -186,7 +187,7 @@ class FusedLayer(Layer):
         if linear.dbias is not None:
             kernels.call("column_sums", self.dtype, *dy.shape, dy, linear.dbias)
 
-    def forward(self, stream: Stream, shape: Shape, draw: Draw) -> tuple[Stream, tuple]:
+    def forward(self, stream: Stream, shape: Shape, draw: Draw) -> tuple[Stream, list]:
         x, full = stream
         if full is None:
             full = self._cast(x, self.entry)
@@ -206,16 +207,17 @@ class FusedLayer(Layer):
         y, saved_f = self.lin2.forward(full, draw, bias=False)
         drop = draw.dropout(tuple(y.shape), self.p, y.device)
         y, full, saved2 = self._add_norm(h, y, self.lin2, drop, self.norm2, self.successor and self.successor.entry)
-        return (y, full), (saved_in, saved_core, saved_out, saved1, saved_u, u, saved_f, drop, saved2)
+        return (y, full), [saved_in, saved_core, saved_out, saved1, saved_u, u, saved_f, drop, saved2]
 
-    def backward(self, stream: Stream, saved: tuple, shape: Shape, need_dx: bool) -> Stream | None:
-        saved_in, saved_core, saved_out, saved1, saved_u, slope, saved_f, drop, saved2 = saved
-        dz, d = self._add_norm_backward(stream, saved2, drop, self.norm2, self.lin2)
-        d = self.lin2.backward(d, saved_f, need_bias=False)
-        kernels.call("gelu_backward", self.dtype, *slope.shape, slope, d, self.lin1.dbias)
-        d = self.lin1.backward(d, saved_u, need_bias=False)
-        dz, d = self._add_norm_backward((dz, d), saved1, NOTHING, self.norm1, self.out)
-        dcontext = self.out.backward(d, saved_out, need_bias=False)
+    def backward(self, stream: Stream, saved: list, shape: Shape, need_dx: bool) -> Stream | None:
+        """Empties `saved`: whatever has been read makes room for the next gradient."""
+        dz, d = self._add_norm_backward(stream, saved.pop(), saved.pop(), self.norm2, self.lin2)
+        d = self.lin2.backward(d, saved.pop(), need_bias=False)
+        kernels.call("gelu_backward", self.dtype, *d.shape, saved.pop(), d, d.stride(0), self.lin1.dbias)
+        d = self.lin1.backward(d, saved.pop(), need_bias=False)
+        dz, d = self._add_norm_backward((dz, d), saved.pop(), NOTHING, self.norm1, self.out)
+        dcontext = self.out.backward(d, saved.pop(), need_bias=False)
+        saved_in, saved_core = saved
         del d
         if not self.last:
             dqkv = empty(shape.b * shape.length, 3 * self.width, dtype=self.dtype)
@@ -229,5 +231,6 @@ class FusedLayer(Layer):
         if not need_dx:
             return None
         whole = empty(*dx.shape)
-        kernels.call("add_first", self.dtype, shape.b, shape.length, self.width, dx, dz, dcls, whole)
+        kernels.call("add_first", self.dtype, shape.b, shape.length, self.width, dx, dx.stride(0), dz, dcls,
+                     dcls.stride(0), whole)  # fmt: skip
         return whole, None

@@ -49,9 +49,9 @@ static void add_norm(i64 n, i64 d, const float* x, i64 ldx, const T* y, const fl
 }
 
 // The gradient dy + more of h -> dz [n, d] in float, and of y in T, with the sums over rows for the norm's weight
-// and bias and for the bias that was added to y.
+// and bias and for the bias that was added to y. Rows of `more` are ldm apart.
 template <class T>
-static void add_norm_backward(i64 n, i64 d, const float* dy, const T* more, const float* z, const float* mean,
+static void add_norm_backward(i64 n, i64 d, const float* dy, const T* more, i64 ldm, const float* z, const float* mean,
                               const float* rstd, const float* weight, const int8_t* bits, const int8_t* limit,
                               float scale, float* dz, T* half, float* dweight, float* dbias, float* dlinear) {
     const Dropout drop = {bits, limit, scale};
@@ -63,7 +63,7 @@ static void add_norm_backward(i64 n, i64 d, const float* dy, const T* more, cons
         float *g = rows.data() + omp_get_thread_num() * d, m = mean[i], r = rstd[i], a = 0, b = 0;
         const float *zi = z + i * d, *dyi = dy + i * d;
         if (more)
-            for (i64 j = 0; j < d; j++) g[j] = dyi[j] + load(more[i * d + j]);
+            for (i64 j = 0; j < d; j++) g[j] = dyi[j] + load(more[i * ldm + j]);
         else
             std::copy(dyi, dyi + d, g);
 #pragma omp simd reduction(+ : a, b)
@@ -98,14 +98,14 @@ static void gelu(i64 n, i64 d, T* u, const float* shift, T* y, i64 ldy) {
     }
 }
 
-// dy *= derivative, with the sums over rows.
+// dy *= derivative, with the sums over rows. Rows of dy are ldy apart.
 template <class T>
-static void gelu_backward(i64 n, i64 d, const T* derivative, T* dy, float* dlinear) {
+static void gelu_backward(i64 n, i64 d, const T* derivative, T* dy, i64 ldy, float* dlinear) {
     ColumnSums sums(d);
 #pragma omp parallel for schedule(static)
     for (i64 i = 0; i < n; i++) {
         float* __restrict dl = sums.mine();
-        T* __restrict to = dy + i * d;
+        T* __restrict to = dy + i * ldy;
         const T* __restrict by = derivative + i * d;
         for (i64 j = 0; j < d; j++) {
             store(to[j], load(to[j]) * load(by[j]));
@@ -176,15 +176,15 @@ static void attend(i64 b, i64 h, i64 l, i64 d, i64 ld, const i64* lengths, const
     }
 }
 
-// dcontext [B, L, H d] -> dq, dk and dv, laid out as q, k and v. Probabilities are computed anew.
+// dcontext [B, L, H d], rows ldc apart -> dq, dk and dv, laid out as q, k and v. Probabilities are computed anew.
 template <class T>
 static void attend_backward(i64 batch, i64 heads, i64 l, i64 d, i64 ld, const i64* lengths,
                             const T* q, const T* k, const T* v, const float* q_bias, const float* k_bias,
                             const float* v_bias, const int8_t* bits, const int8_t* limit, float scale,
-                            const float* norms, const T* dcontext, T* dq, T* dk, T* dv) {
+                            const float* norms, const T* dcontext, i64 ldc, T* dq, T* dk, T* dv) {
     const Heads<T> at = {batch, heads, l, d, ld, lengths, q, k, v, q_bias, k_bias, v_bias,
                          {bits, limit, scale}};
-    i64 wide = at.wide(), keys = at.keys(), width = at.h * at.d;
+    i64 wide = at.wide(), keys = at.keys();
     std::vector<float> none(at.d);
 #pragma omp parallel
     {
@@ -195,7 +195,7 @@ static void attend_backward(i64 batch, i64 heads, i64 l, i64 d, i64 ld, const i6
             i64 b = head / at.h, h = head % at.h, n = at.lengths[b], full = whole(n);
             at.scores(head, n, Q.data(), K.data(), turned.data(), P.data());
             gather(n, at.d, at.v + at.start(head), at.ld, at.v_bias + h * at.d, 1, V.data());
-            gather(at.l, at.d, dcontext + b * at.l * width + h * at.d, width, none.data(), 1, dC.data());
+            gather(at.l, at.d, dcontext + b * at.l * ldc + h * at.d, ldc, none.data(), 1, dC.data());
             transpose(n, at.d, V.data(), turned.data(), keys);
             product(at.l, full, at.d, dC.data(), wide, 1, turned.data(), keys, S.data(), keys);
             for (i64 i = 0; i < at.l; i++) {  // P becomes what dropout leaves of it, S the gradient of the scores
@@ -249,11 +249,11 @@ static void lora_down(i64 n, i64 in, i64 r, i64 groups, const T* x, i64 ldx, con
     }
 }
 
-// And back: base [n, in] and dh [n, G r], rows ldb apart, the gradients of x through the frozen layer and of h -> dx
-// [n, in] (unless null), with what comes through the adapters, and dA [G, r, in]. A comes as [G, r, whole(in)].
+// And back: dh [n, G r] is the gradient of h, dx [n, in] (unless null) that of x through the frozen layer, to which is
+// added what comes through the adapters; and dA [G, r, in]. Rows of both are ldd apart; A comes as [G, r, whole(in)].
 template <class T>
 static void lora_backward(i64 n, i64 in, i64 r, i64 groups, const T* x, i64 ldx, const float* A, const int8_t* bits,
-                          const int8_t* limit, float scale, const T* base, const T* dh, i64 ldb, T* dx, float* dA) {
+                          const int8_t* limit, float scale, const T* dh, T* dx, i64 ldd, float* dA) {
     const Dropout drop = {bits, limit, scale};
     const i64 wide = whole(in), block = 16;
     ColumnSums sums(groups * r * wide);
@@ -265,10 +265,10 @@ static void lora_backward(i64 n, i64 in, i64 r, i64 groups, const T* x, i64 ldx,
         for (i64 start = 0; start < n; start += block) {
             i64 count = std::min(block, n - start);
             for (i64 i = 0; dx && i < count; i++)
-                for (i64 j = 0; j < in; j++) sum[i * wide + j] = load(base[(start + i) * ldb + j]);
+                for (i64 j = 0; j < in; j++) sum[i * wide + j] = load(dx[(start + i) * ldd + j]);
             for (i64 g = 0; g < groups; g++) {
                 for (i64 i = 0; i < count; i++) {
-                    for (i64 j = 0; j < r; j++) down[i * r + j] = load(dh[(start + i) * ldb + g * r + j]);
+                    for (i64 j = 0; j < r; j++) down[i * r + j] = load(dh[(start + i) * ldd + g * r + j]);
                     drop.apply(in, (g * n + start + i) * in, x + (start + i) * ldx, rows.data() + i * wide);
                 }
                 product<true>(r, wide, count, down.data(), 1, r, rows.data(), wide, mine + g * r * wide, wide);
@@ -281,7 +281,7 @@ static void lora_backward(i64 n, i64 in, i64 r, i64 groups, const T* x, i64 ldx,
                 }
             }
             for (i64 i = 0; dx && i < count; i++)
-                for (i64 j = 0; j < in; j++) store(dx[(start + i) * in + j], sum[i * wide + j]);
+                for (i64 j = 0; j < in; j++) store(dx[(start + i) * ldd + j], sum[i * wide + j]);
         }
     }
     for (i64 row = 0; row < groups * r; row++) sums.put(dA + row * in, row * wide, in);
@@ -306,14 +306,16 @@ static void cast(i64 n, i64 d, const float* x, i64 ldx, T* to, i64 ldt) {
         for (i64 j = 0; j < d; j++) store(to[i * ldt + j], x[i * ldx + j]);
 }
 
-// to [b, l, d] = x, with first + more, [b, d] each, added at each sequence's first position.
+// to [b, l, d] = x, with first + more, [b, d] each, added at each sequence's first position. Rows of x are ldx apart,
+// those of `more` ldm.
 template <class T>
-static void add_first(i64 b, i64 l, i64 d, const T* x, const float* first, const T* more, float* to) {
+static void add_first(i64 b, i64 l, i64 d, const T* x, i64 ldx, const float* first, const T* more, i64 ldm, float* to) {
 #pragma omp parallel for schedule(static)
-    for (i64 i = 0; i < b; i++) {
-        for (i64 j = i * l * d; j < (i + 1) * l * d; j++) to[j] = load(x[j]);
-        for (i64 j = 0; j < d; j++) to[i * l * d + j] += first[i * d + j] + load(more[i * d + j]);
-    }
+    for (i64 i = 0; i < b * l; i++)
+        for (i64 j = 0; j < d; j++) {
+            to[i * d + j] = load(x[i * ldx + j]);
+            if (i % l == 0) to[i * d + j] += first[i / l * d + j] + load(more[i / l * ldm + j]);
+        }
 }
 
 // In the order of kernels.SIGNATURES.

@@ -109,10 +109,10 @@ static void lora_up_gradient(i64 n, i64 out, i64 r, i64 groups, const i64* offse
     }
 }
 
-// And back: base [n, in] and dh [n, G r], rows ldb apart, the gradients of x through the frozen layer and of h
-// -> dx [n, in], with what comes through the adapters.
-static void lora_dx(i64 n, i64 in, i64 r, i64 groups, const bf16* A, const Dropout& drop, const bf16* base,
-                    const bf16* dh, i64 ldb, bf16* dx) {
+// And back: dx [n, in] is the gradient of x through the frozen layer, to which is added what comes through the adapters
+// from dh [n, G r], that of h. Rows of both are ldd apart.
+static void lora_dx(i64 n, i64 in, i64 r, i64 groups, const bf16* A, const Dropout& drop, const bf16* dh,
+                    bf16* dx, i64 ldd) {
     const i64 deep = (r + DEEP - 1) / DEEP, columns = in / 32;
 #pragma omp parallel
     {
@@ -132,7 +132,7 @@ static void lora_dx(i64 n, i64 in, i64 r, i64 groups, const bf16* A, const Dropo
             const i64 rows = std::min(ROWS, n - first);
             for (i64 g = 0; g < groups; g++)
                 for (i64 p = 0; p < deep; p++)
-                    pad_tile(dh + first * ldb + g * r + p * DEEP, ldb, rows, std::min(DEEP, r - p * DEEP),
+                    pad_tile(dh + first * ldd + g * r + p * DEEP, ldd, rows, std::min(DEEP, r - p * DEEP),
                              left.at(g * deep + p));
             for (i64 c = 0; c < columns; c++) {
                 for (i64 g = 0; g < groups; g++) {
@@ -140,7 +140,8 @@ static void lora_dx(i64 n, i64 in, i64 r, i64 groups, const bf16* A, const Dropo
                     block<true>(ROWS, r, left.at(g * deep), 0, up, sums[g]);
                 }
                 for (i64 i = 0; i < rows; i++) {
-                    const __m512i through = _mm512_loadu_si512(base + (first + i) * ldb + c * 32);
+                    bf16* const at = dx + (first + i) * ldd + c * 32;
+                    const __m512i through = _mm512_loadu_si512(at);
                     __m512 low = widen(_mm512_castsi512_si256(through));
                     __m512 high = widen(_mm512_extracti64x4_epi64(through, 1));
                     for (i64 g = 0; g < groups; g++) {
@@ -149,7 +150,7 @@ static void lora_dx(i64 n, i64 in, i64 r, i64 groups, const bf16* A, const Dropo
                         low = _mm512_mask3_fmadd_ps(_mm512_load_ps(sum), scale, low, __mmask16(mask));
                         high = _mm512_mask3_fmadd_ps(_mm512_load_ps(sum + ROWS), scale, high, __mmask16(mask >> 16));
                     }
-                    _mm512_storeu_si512(dx + (first + i) * in + c * 32, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+                    _mm512_storeu_si512(at, (__m512i)_mm512_cvtne2ps_pbh(high, low));
                 }
             }
         }
@@ -159,7 +160,7 @@ static void lora_dx(i64 n, i64 in, i64 r, i64 groups, const bf16* A, const Dropo
 
 // dA [G, r, in] = the gradient of h, transposed, times dropout(x).
 static void lora_down_gradient(i64 n, i64 in, i64 r, i64 groups, const bf16* x, i64 ldx, const Dropout& drop,
-                               const bf16* dh, i64 ldb, bf16* dA) {
+                               const bf16* dh, i64 ldd, bf16* dA) {
     const i64 deep = (n + DEEP - 1) / DEEP, down = (r + ROWS - 1) / ROWS;
 #pragma omp parallel
     {
@@ -170,7 +171,7 @@ static void lora_down_gradient(i64 n, i64 in, i64 r, i64 groups, const bf16* x, 
         for (i64 g = 0; g < groups; g++)
             for (i64 c = 0; c < down; c++)
                 for (i64 p = 0; p < deep; p++) {
-                    pack_skinny(dh + p * DEEP * ldb + g * r + c * ROWS, ldb, std::min(DEEP, n - p * DEEP),
+                    pack_skinny(dh + p * DEEP * ldd + g * r + c * ROWS, ldd, std::min(DEEP, n - p * DEEP),
                                 std::min(ROWS, r - c * ROWS), tile);
                     turn_tile(tile, DEEP, left.at((g * down + c) * deep + p));
                 }
@@ -197,11 +198,11 @@ static void lora_down_gradient(i64 n, i64 in, i64 r, i64 groups, const bf16* x, 
 }
 
 static void lora_backward_tiles(i64 n, i64 in, i64 r, i64 groups, const bf16* x, i64 ldx, const bf16* A,
-                                const int8_t* bits, const int8_t* limit, float scale, const bf16* base,
-                                const bf16* dh, i64 ldb, bf16* dx, bf16* dA) {
+                                const int8_t* bits, const int8_t* limit, float scale, const bf16* dh,
+                                bf16* dx, i64 ldd, bf16* dA) {
     const Dropout drop = {bits, limit, scale};
-    if (dx) lora_dx(n, in, r, groups, A, drop, base, dh, ldb, dx);
-    lora_down_gradient(n, in, r, groups, x, ldx, drop, dh, ldb, dA);
+    if (dx) lora_dx(n, in, r, groups, A, drop, dh, dx, ldd);
+    lora_down_gradient(n, in, r, groups, x, ldx, drop, dh, ldd, dA);
 }
 
 // After a step: the columns of wide [out, columns] from `in` on become factors * B, block by block, and are packed.
@@ -221,5 +222,5 @@ static void lora_down_tiles(i64, i64, i64, i64, const bf16*, i64, const bf16*, c
                             bf16*, i64, i64) {}
 static void lora_up_gradient(i64, i64, i64, i64, const i64*, const float*, const bf16*, i64, const bf16*, i64, bf16*) {}
 static void lora_backward_tiles(i64, i64, i64, i64, const bf16*, i64, const bf16*, const int8_t*, const int8_t*, float,
-                                const bf16*, const bf16*, i64, bf16*, bf16*) {}
+                                const bf16*, bf16*, i64, bf16*) {}
 #endif

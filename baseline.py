@@ -40,10 +40,10 @@ def run_baseline(config: TrainConfig, source: models.ModelSource) -> Path:
     memory, started = PeakMemory(job.accelerator.device), time.perf_counter()
     features, labels = {}, {name: split.labels for name, split in job.splits.items()}
     for name in job.splits:
-        content = f"{job.splits[name].key}|{record['model']['fingerprint']}|{job.arithmetic}|fast"
+        content = f"{job.splits[name].key}|{record['model']['fingerprint']}|{job.arithmetic}"
         content += "" if record["pooling"] == "cls" else "|mean"
         features[name] = cached_embeddings(job, name, content, record["pooling"])
-    classifier, best_c = fit(features, labels, config.seed, config.class_weights)
+    classifier, best_c = fit(features, labels, config.class_weights)
     weight, bias = linear_map(classifier, job.data.num_classes)
     scale = fit_scale(features["validation"] @ weight.T + bias, labels["validation"])
     weight, bias = weight * scale, bias * scale
@@ -73,6 +73,7 @@ def run_baseline(config: TrainConfig, source: models.ModelSource) -> Path:
         models.save_model(job.model.base_model, job.tokenizer, run_dir / "model", models.model_card(record, scores))
         save_file({"weight": weight, "bias": bias}, run_dir / "model" / "linear.safetensors")
         runs.write_outcome(job, run_dir, {**record, **scores}, probabilities["test"])
+    runs.share(job, run_dir)
     return run_dir
 
 
@@ -135,7 +136,7 @@ def choose_pooling(tokenizer: Any) -> str:
 
 
 def fit(
-    features: dict[str, np.ndarray], labels: dict[str, np.ndarray], seed: int, class_weights: str = "none"
+    features: dict[str, np.ndarray], labels: dict[str, np.ndarray], class_weights: str = "none"
 ) -> tuple[Pipeline, float]:
     """The LinearSVC, on standardised features, whose C is the most accurate on validation (the smallest of equals)."""
     weights = None if class_weights == "none" else class_weights
@@ -145,7 +146,7 @@ def fit(
     tried = []
     for c in C_GRID:  # one after the other: in threads they wait for memory (8.3 s of two processors, 4.4 s either way)
         # The primal solver draws no random numbers.
-        svc = LinearSVC(C=c, dual=False, random_state=seed, class_weight=weights).fit(scaled["train"], labels["train"])
+        svc = LinearSVC(C=c, dual=False, class_weight=weights).fit(scaled["train"], labels["train"])
         tried.append((svc.score(scaled["validation"], labels["validation"]), -c, svc))
         print(f"C {c:<7g} validation accuracy {tried[-1][0]:.4f}", file=sys.stderr)
     _, minus_c, best = max(tried, key=lambda one: one[:2])

@@ -78,7 +78,7 @@ class Checkpoints:
         self.saved_at, self.cost = time.monotonic(), 0.0
 
     def due(self, step: int) -> bool:
-        """Every `every` steps; else by time, so seldom that saving takes at most 1% of it, and 60 s apart."""
+        """Every `every` steps; else by time, so seldom that saving takes about 1% of it, and 60 s apart."""
         if self.every:
             return step % self.every == 0
         interval = max(SHORTEST_INTERVAL_S, self.cost / COST_SHARE)

@@ -5,7 +5,8 @@ All of this was written down before any study had a result. A claim is taken apa
   this file that the records hold; contradicted if it has the other sign at that level; undecided else, and where a
   cell has one seed;
 - a bound on a cost is supported if every seed keeps it, contradicted if no seed does, undecided else; only runs on
-  one device, with one number of threads, are compared (added when the first study shared cores between its runs);
+  one device, with one number of threads and in one precision, are compared (added when the first study shared cores
+  between its runs; the precision when a device was one name for two processors);
 - "at similar accuracy" is supported if the whole 95% interval lies within 2 points, contradicted if it lies outside,
   undecided else, and where a cell has one seed.
 A claim is contradicted if one of its statements is, supported if all are, undecided else. One that the records lack
@@ -181,13 +182,9 @@ class Finding:
 def judge(groups: list[list[Cell]], scores: dict[tuple, dict[str, stats.Scores]]) -> dict[int, list[Finding]]:
     """The findings of each claim, by its number. groups: cells by data set; scores: by `Run.key`, then metric.
 
-    Of several groups of one data set the first counts: claims are not pieced together from two encoders.
+    Of several groups of one data set the first counts.
     """
-    cells = {}
-    for group in reversed(groups):
-        cells[group[0].first.data["name"].removesuffix(" (packaged)")] = group
-    encoder = groups[0][0].first.model["fingerprint"]
-    cells = {name: group for name, group in cells.items() if group[0].first.model["fingerprint"] == encoder}
+    cells = {_data_set(group): group for group in reversed(subject(groups))}
     contrasts = [s for claim in CLAIMS for s in claim.statements if isinstance(s, Contrast)]
     measured = {}
     for statement in contrasts:
@@ -203,6 +200,17 @@ def judge(groups: list[list[Cell]], scores: dict[tuple, dict[str, stats.Scores]]
     for claim in CLAIMS:
         found[claim.number] = [_finding(one, cells, scores, measured, corrected) for one in claim.statements]
     return found
+
+
+def _data_set(group: list[Cell]) -> str:
+    return group[0].first.data["name"].removesuffix(" (packaged)")
+
+
+def subject(groups: list[list[Cell]]) -> list[list[Cell]]:
+    """The groups that the claims are about: their data sets, with the first such group's encoder. Claims are not pieced
+    together from two."""
+    named = [group for group in groups if _data_set(group) in (RT, SST2)]
+    return [group for group in named if group[0].first.model["fingerprint"] == named[0][0].first.model["fingerprint"]]
 
 
 def verdict(findings: list[Finding]) -> str:

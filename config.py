@@ -51,6 +51,11 @@ def one_line(message: str) -> str:
     return " ".join(message.splitlines())
 
 
+def first_line(error: Exception) -> str:
+    """What an error of another library says first; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def say(line: str) -> None:
     """One line for the user, on stderr, at once."""
     print(line, file=sys.stderr, flush=True)
@@ -164,7 +169,7 @@ class TrainConfig:
         metavar="RUN",
     )
     save_every: int | None = flag(
-        None, "seldom needed", "steps between checkpoints (default: by time, at most 1% of it)", type=int, metavar="N"
+        None, "seldom needed", "steps between checkpoints (default: by time, about 1% of it)", type=int, metavar="N"
     )
     push_to_hub: str | None = flag(
         None, "output", "upload the model to the hub at the end, as a private repository", metavar="NAME"
@@ -200,6 +205,10 @@ class TrainConfig:
         self._require("device", re.compile(r"auto|cpu|mps|cuda(:\d+)?").fullmatch, "auto, cpu, cuda, cuda:N or mps")
         paths = "dataset dataset_dir model input output output_dir plots_dir export"
         self._require(f"{paths} text_column label_column push_to_hub project", str.strip, "a name or a path")
+        if blank := [run for run in self.runs if not run.strip()]:
+            raise UserError(f"--{self.mode}: expected a name or a path, got {blank[0]!r}")
+        if self.lr * self.weight_decay >= 1:
+            raise UserError(f"--weight_decay: expected less than 1 / lr, got {self.weight_decay:g} with lr {self.lr:g}")
         if self.texts and self.input:
             raise UserError(f"--predict: expected texts or --input, got {self.texts[0]!r} and {self.input!r}")
 
@@ -293,9 +302,10 @@ def parse_args(argv: list[str] | None = None) -> TrainConfig:
     values = vars(parser.parse_args([*map(_with_underscores, words[:end]), *words[end:]]))
     chosen = {mode: values.pop(mode) for mode in MODES}  # now values holds what was given, and TrainConfig the defaults
     mode = next((mode for mode in MODES if chosen[mode] not in (None, False)), None)
-    runs = chosen.get(mode) if mode in ("predict", "report") else [chosen["merge"] or chosen["sync"] or chosen["sweep"]]
-    runs, texts = (runs[:1], tuple(runs[1:])) if mode == "predict" else (runs, ())
-    asked = {"mode": mode, "runs": tuple(filter(None, runs)), "texts": texts}
+    named = chosen.get(mode)  # --predict and --report: several; --merge, --sync and --sweep: one; the rest: none
+    runs = tuple(named) if isinstance(named, list) else (named,) if isinstance(named, str) else ()
+    runs, texts = (runs[:1], runs[1:]) if mode == "predict" else (runs, ())
+    asked = {"mode": mode, "runs": runs, "texts": texts}
     asked["given"] = ",".join(values) if mode == "sweep" else ""
     run = values.get("resume")
     if mode is None and (run is None or run == NEWEST):
@@ -331,14 +341,15 @@ def _config_of(run: str, given: dict[str, Any]) -> TrainConfig:
 
 
 def of_kind(spec: Field, value: Any) -> bool:
-    """Whether `value` is of the kind that the flag `spec` takes."""
+    """Whether the flag `spec` takes `value`, as far as its type and its choices go."""
     options = spec.metadata["options"]
     if value is None:
         return spec.default is None
     if options.get("switch"):
         return isinstance(value, bool)
     kind = options.get("type", str)
-    return isinstance(value, int | float if kind is float else kind) and not isinstance(value, bool)
+    fits = isinstance(value, int | float if kind is float else kind) and not isinstance(value, bool)
+    return fits and value in options.get("choices", (value,))
 
 
 def _with_underscores(word: str) -> str:

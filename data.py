@@ -16,7 +16,7 @@ import torch
 
 import hub
 import packaged
-from config import DEFAULT_DATASET, UserError
+from config import DEFAULT_DATASET, UserError, first_line
 from labels import missing_classes, number_classes
 from readers import CHUNK, ENDINGS, USUAL, Columns, brief, choose_columns, read_file
 
@@ -181,7 +181,7 @@ def _hub_failure(what: str, name: str, error: Exception) -> str:
     if hub.offline():
         reason = f"the hub ({hub.endpoint()}) cannot be reached and it is not in the local cache"
     else:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
     return f"--{what} {name}: {reason}; give a local path, or leave --{what} out for the default"
 
 

@@ -208,8 +208,6 @@ class FastClassifier:
         self.lazy = lazy
 
     def _shape(self, lengths: Tensor, b: int, length: int) -> Shape:
-        if lengths.ndim == 2:  # an attention mask
-            lengths = lengths.sum(1)
         return Shape(b, length, lengths.long().contiguous())
 
     def _run(self, source: Tensor, shape: Shape, from_ids: bool, draw: Draw, save: bool) -> tuple[Tensor, Kept]:

@@ -168,7 +168,7 @@ def _checked(spec: Field, value: Any, where: str, key: str) -> Any:
     expected = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[kind]
     if choices := options.get("choices"):
         expected = f"one of {', '.join(choices)}"
-    if not of_kind(spec, value) or (choices and value not in choices):
+    if not of_kind(spec, value):
         raise UserError(f"{where}: {key}: expected {expected}, found {value!r}")
     return float(value) if kind is float else value
 

@@ -11,7 +11,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from config import UserError
+from config import UserError, first_line
 
 TIMEOUT_S = 3.0
 
@@ -79,6 +79,6 @@ def upload(folder: Path, name: str) -> None:
         repo = HfApi().create_repo(name, private=True, exist_ok=True)
         HfApi().upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message="distilbert-sentiment")
     except Exception as error:  # of many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"--push_to_hub {name}: {reason}; to try again: hf upload {name} {folder}") from error
+        again = f"to try again: hf upload {name} {folder}"
+        raise UserError(f"--push_to_hub {name}: {first_line(error)}; {again}") from error
     print(f"uploaded: {repo}")

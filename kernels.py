@@ -27,8 +27,8 @@ SOURCES = [
     Path(__file__).with_name(name)
     for name in ("kernels.cpp", "kernels.h", "adamw.h", "first.h", "floats.h", "lora.h", "products.h", "tape.h")
 ]
-FLAGS = ["-std=c++20", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
-         "-mprefer-vector-width=512", "-shared", "-fPIC"]  # fmt: skip
+FLAGS = ["-std=c++20", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
+FLAGS += ["-mprefer-vector-width=512"] * (platform.machine() == "x86_64")
 SIGNATURES = {  # i: int64, p: pointer, f: float; in the order of kernels.cpp's table
     "add_norm": "iipipp" + "ppf" + "ppf" + "pppipp",
     "add_norm_backward": "iippipppp" + "ppf" + "ppppp",

@@ -286,13 +286,13 @@ class LoraLinear(Linear):
         return dx.addmm_(dy, self.weight)
 
 
-def apply(linear: Linear, x: Tensor, draw: Draw, bias: bool = True) -> tuple[Tensor, tuple]:
+def apply(linear: Linear, x: Tensor, draw: Draw) -> tuple[Tensor, tuple]:
     """x: [n, in], any dtype; the cast is the copy into the product's input."""
     if x.dtype == linear.weight.dtype and x.is_contiguous() and not getattr(linear, "joint", False):
-        return linear.forward(x, draw, bias)
+        return linear.forward(x, draw)
     full, part = linear.buffer(len(x))
     part.copy_(x)
-    return linear.forward(full, draw, bias)
+    return linear.forward(full, draw)
 
 
 def make_linear(

@@ -17,7 +17,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 import hub
 import packaged
-from config import DEFAULT_MODEL, UserError
+from config import DEFAULT_MODEL, UserError, first_line
 from metrics import METRICS
 
 HUB_IDS = {DEFAULT_MODEL: f"distilbert/{DEFAULT_MODEL}"}
@@ -80,7 +80,7 @@ def _read_config(location: str, name: str) -> Any:
         if hub.offline() and not Path(location).exists():
             reason = f"the hub ({hub.endpoint()}) cannot be reached and it is not in the local cache"
         else:
-            reason = _first_line(error)
+            reason = first_line(error)
         advice = "give a local folder, or leave --model out for the default"
         raise UserError(f"--model {name}: {reason}; {advice}") from error
 
@@ -90,7 +90,7 @@ def load_tokenizer(source: ModelSource, max_length: int | None) -> tuple[Any, in
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False)
     except Exception as error:  # of many kinds: JSON, tokenizers' own, the hub's
-        raise UserError(f"--model {source.name}: its tokenizer cannot be read: {_first_line(error)}") from error
+        raise UserError(f"--model {source.name}: its tokenizer cannot be read: {first_line(error)}") from error
     if not tokenizer.is_fast or tokenizer.pad_token_id is None:
         raise UserError(f"--model {source.name}: expected a fast tokenizer with a padding token")
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes an empty one where files are missing
@@ -130,7 +130,7 @@ def load_classifier(source: ModelSource, label_names: tuple[str, ...]) -> nn.Mod
             trust_remote_code=False,
         )
     except Exception as error:  # of many kinds: safetensors', the hub's, shapes that differ
-        reason = _first_line(error)
+        reason = first_line(error)
         if isinstance(error, SafetensorError):  # it names no file
             reason = f"its model.safetensors is damaged: {reason}"
         if "ignore_mismatched_sizes" in str(error):
@@ -167,11 +167,7 @@ def load_saved(source: ModelSource, label_names: tuple[str, ...]) -> nn.Module:
             return PeftModel.from_pretrained(base, folder).merge_and_unload()
     except Exception as error:  # of many kinds: safetensors', PEFT's, shapes that differ
         damaged = f"its {reading} is damaged: " * isinstance(error, SafetensorError)
-        raise UserError(f"--model {source.name}: {damaged}{_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"--model {source.name}: {damaged}{first_line(error)}") from error
 
 
 def encoder_fingerprint(model: nn.Module) -> str:
@@ -291,26 +287,31 @@ def model_card(record: dict[str, Any], scores: dict[str, Any]) -> str:
         f"| {name} | {test[name]:.4f} | {test[f'{name}_interval'][0]:.4f} to {test[f'{name}_interval'][1]:.4f} |"
         for name in METRICS
     ]
+    title = f"fine-tuned ({record['method']})"
+    chosen = f"Best epoch by validation accuracy, then loss: {record['best_epoch']} of {record['config']['epochs']}."
+    if record["method"] == "baseline":
+        title = "frozen, with a LinearSVC (linear.safetensors),"
+        chosen = f"C by validation accuracy: {record['C']:g}."
     return "\n".join(
         [
             "---",
             "library_name: " + ("peft" if record["method"] == "lora" else "transformers"),
-            "pipeline_tag: text-classification",
+            *(["pipeline_tag: text-classification"] if record["method"] != "baseline" else []),
             *([f"license: {model['license']}"] if model["license"] else []),
             "---",
-            f"# {model['name']}, fine-tuned ({record['method']}) on {data['name']}",
+            f"# {model['name']}, {title} on {data['name']}",
             "",
             f"- Base: {model['name']} ({model['source']}). Its license holds for these weights too: "
             f"{model['license'] or 'its card names none, so ask where it comes from'}.",
             f"- Data: {data['name']} ({data['source']}), rows {data['rows']}; classes: {', '.join(data['labels'])}.",
-            f"- Best epoch by validation accuracy, then loss: {record['best_epoch']} of {record['config']['epochs']}.",
+            f"- {chosen}",
             "",
             f"| test ({test['rows']} rows) | value | 95% interval over rows |",
             "|---|---|---|",
             *rows,
             "",
-            "One run with one seed: another seed gives another number. Short English reviews only; not checked for",
-            "bias, and not for decisions about people.",
+            "One run with one seed: another seed gives another number. For texts like those of its data; not checked",
+            "for bias, and not for decisions about people.",
             "",
         ]
     )

@@ -32,7 +32,7 @@ from tokens import Cutter
 
 BATCH_SIZE = 64
 # bf16 moves the difference of the two best logits a little (see bench/RESULTS.md): rows with a smaller one than
-# this are computed again in fp32, so that no label depends on the precision.
+# this are computed again in fp32: no label depended on the precision where that was measured.
 CLOSE = 0.25
 
 Forward = Callable[[Batch], Tensor]  # a batch on the device -> logits [B, classes]

@@ -2,7 +2,6 @@
 
 import math
 import sys
-from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -20,9 +19,9 @@ class _Lines:
         pass
 
 
-def progress_bar(total: int | None, what: str, unit: str = "row", **options: Any) -> tqdm:
-    """A bar over `total` units where stderr is a terminal; else a line every 15 s, so none for what is short."""
+def progress_bar(total: int | None, what: str) -> tqdm:
+    """A bar over `total` rows where stderr is a terminal; else a line every 15 s, so none for what is short."""
     if sys.stderr.isatty():
-        return tqdm(total=total, desc=what, unit=unit, **options)
+        return tqdm(total=total, desc=what, unit="row")
     pace = {"mininterval": EVERY_S, "maxinterval": math.inf, "delay": EVERY_S, "miniters": 1}
-    return tqdm(total=total, desc=what, unit=unit, file=_Lines(), ncols=100, ascii=True, **pace, **options)
+    return tqdm(total=total, desc=what, unit="row", file=_Lines(), ncols=100, ascii=True, **pace)

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from config import UserError
+from config import UserError, first_line
 
 ENDINGS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 TEXT_COLUMNS = ("text", "sentence", "review", "content", "tweet", "comment", "body")
@@ -187,15 +187,15 @@ def _json_pairs(file: Path, wanted: Columns) -> Iterator[tuple[str | None, str |
     text_column, label_column = chosen or choose_columns(list(seen), str(file), wanted)
     for number, row in chain(first, rows):
         text, label = row.get(text_column), row.get(label_column)
-        if not isinstance(text, str | None) or _unpaired(text):
+        if not isinstance(text, str | None) or unpaired(text):
             raise UserError(f"{file}, line {number}: expected a text under {text_column!r}, found {brief(text)}")
-        if not isinstance(label, str | bool | int | float | None) or _unpaired(label):
+        if not isinstance(label, str | bool | int | float | None) or unpaired(label):
             expected = f"a name or a whole number under {label_column!r}"
             raise UserError(f"{file}, line {number}: expected {expected}, found {brief(label)}")
         yield text, label if isinstance(label, str | None) else str(label)
 
 
-def _unpaired(value: Any) -> bool:
+def unpaired(value: Any) -> bool:
     r"""Whether it is a string with half a surrogate pair, as JSON's "\ud800": no encoding has it."""
     try:
         return isinstance(value, str) and not value.isascii() and not value.encode()
@@ -208,6 +208,5 @@ def _read_parquet(file: Path, wanted: Columns) -> pa.Table:
         names = choose_columns(pq.read_schema(file).names, str(file), wanted)
         table = pq.read_table(file, columns=list(names), memory_map=True).select(list(names))
     except (pa.ArrowException, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{file}: expected a parquet file: {reason}") from error
+        raise UserError(f"{file}: expected a parquet file: {first_line(error)}") from error
     return table

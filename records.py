@@ -7,7 +7,6 @@ and `rows-*.json` what it needs of the test rows, once for all runs that share t
 import hashlib
 import json
 import re
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,6 @@ class Run:
     val: dict[str, Any]
     test: dict[str, Any]
     curve: dict[str, list[float]]  # "epoch" and CURVES, after each epoch; a baseline has one entry, epoch 0
-    train_loss: list[float]  # mean of each epoch
     predicted: np.ndarray  # [n] class ids, test rows
     confidence: np.ndarray  # [n] probability of the predicted class, to 4 decimals
     rows: Rows
@@ -166,9 +164,12 @@ def group_cells(runs: list[Run]) -> tuple[list[list[Cell]], list[str]]:
 
 
 def export(runs: list[Run], folder: Path) -> list[Path]:
-    """Write the small records of `runs` to `folder`; a run exported before is written over. Returns their paths."""
+    """Write the small records of `runs` to `folder`; a run exported before is written over. Returns their paths.
+
+    Where a cell and seed ran again, the others get numbers: in the order of the names the first still comes first.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
+    written: list[Path] = []
     for run in runs:
         rows = run.rows
         content = {
@@ -187,12 +188,16 @@ def export(runs: list[Run], folder: Path) -> list[Path]:
             "predicted": run.predicted.tolist(),
             "confidence": np.rint(run.confidence * 10_000).astype(int).tolist(),  # in ten-thousandths
         }
-        written.append(folder / f"{name}-{key}.run.json")
-        _write_lines(written[-1], content)
+        path, again = folder / f"{name}-{key}.run.json", 1
+        while path in written:
+            again += 1
+            path = folder / f"{name}-{key}_{again}.run.json"
+        _write_lines(path, content)
+        written.append(path)
     return written
 
 
-_AS_THEY_ARE = ("name", "config", "method", "model", "data", "facts", "val", "test", "curve", "train_loss")
+_AS_THEY_ARE = ("name", "config", "method", "model", "data", "facts", "val", "test", "curve")
 
 
 def _write_lines(path: Path, content: dict[str, Any]) -> None:
@@ -241,21 +246,13 @@ def _from_folder(folder: Path, rows: dict[str, Rows]) -> Run:
         result["val"],
         result["test"],
         curve,
-        _epoch_means(metrics),
         np.array([ids[line["prediction"]] for line in predictions]),
         np.array([round(line["probability"], 4) for line in predictions]),
         rows[fingerprint],
     )
 
 
-def _epoch_means(metrics: list[dict[str, Any]]) -> list[float]:
-    losses: dict[int, list[float]] = {}
-    for line in metrics:
-        if "train/loss" in line:
-            losses.setdefault(int(np.ceil(line["epoch"])), []).append(float(line["train/loss"]))
-    return [statistics.fmean(losses[epoch]) for epoch in sorted(losses)]
-
-
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(encoding="utf-8", newline="\n") as lines:  # a text may hold other ends of lines than JSON's
+        return [json.loads(line) for line in lines]

@@ -1,6 +1,7 @@
 """`--report`: tables, pictures and verdicts, made from the records of finished runs alone."""
 
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
@@ -46,12 +47,13 @@ def build(groups: list[list[Cell]], folder: Path) -> list[Block]:
     blocks = [Block("heading", "Report", 1), Block("text", HOW_TO_READ)]
     findings = claims.judge(groups, scores)
     if any(finding.evidence != "not run" for some in findings.values() for finding in some):
-        blocks += verdict_blocks(findings, groups[0][0])
+        blocks += verdict_blocks(findings, claims.subject(groups)[0][0])
     family = [comparisons(group, scores) for group in groups] + [across(groups, scores)]
     corrected = iter(stats.holm([one.difference.p for some in family for one in some]))
-    for number, (group, some) in enumerate(zip(groups, family)):
-        prefix = _prefix(group, [_prefix(other, []) for other in groups[:number]])
-        blocks += group_blocks(group, scores, [(one, next(corrected)) for one in some], Gallery(folder, prefix))
+    prefixes: list[str] = []
+    for group, some in zip(groups, family):
+        prefixes.append(_prefix(group, prefixes))
+        blocks += group_blocks(group, scores, [(one, next(corrected)) for one in some], Gallery(folder, prefixes[-1]))
     return blocks + across_blocks(list(zip(family[-1], corrected)))
 
 
@@ -175,10 +177,12 @@ def detectable(difference: stats.Difference) -> str:
 
 
 def _prefix(group: list[Cell], taken: list[str]) -> str:
-    """Nothing for the default data set, whose pictures are plots/loss.png and so on; else the data set's name."""
+    """Nothing for the default data set, whose pictures are plots/loss.png and so on; else the data set's name. Where
+    another group has taken that, the encoder behind it, and then a number."""
     name = group[0].first.data["name"].removesuffix(" (packaged)").replace("/", "--")
     prefix = "" if name == DEFAULT_DATASET else f"{name}_"
-    return prefix + (f"{group[0].first.model['fingerprint'][:6]}_" if prefix in taken else "")
+    longer = f"{prefix}{group[0].first.model['fingerprint'][:6]}_"
+    return next(one for one in chain((prefix, longer), (f"{longer}{n}_" for n in count(2))) if one not in taken)
 
 
 def verdict_blocks(findings: dict[int, list[claims.Finding]], cell: Cell) -> list[Block]:

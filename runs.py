@@ -213,7 +213,7 @@ def _difference(name: str, was: Any, now: Any) -> str | None:
 
 
 def create_run_dir(config: TrainConfig, dataset: str) -> Path:
-    """A new folder `<dataset>-<method>-<lr>-seed<seed>[-N]` in `output_dir`; never one that exists."""
+    """A new folder `<dataset>-<method>[-r<rank>][-<lr>]-seed<seed>[-N]` in `output_dir`; never one that exists."""
     dataset = dataset.removesuffix(" (packaged)").replace("/", "--")
     parts = [dataset, config.method]
     if config.peft:
@@ -313,7 +313,11 @@ def write_outcome(job: Job, run_dir: Path, result: dict[str, Any], probabilities
     write_json(run_dir / "result.json", result)
     print(summary(result))
     print(f"run folder: {run_dir}")
-    if job.config.push_to_hub:
+
+
+def share(job: Job, run_dir: Path) -> None:
+    """Upload the model where --push_to_hub asks for it: behind the run, which is finished whatever the hub says."""
+    if job.config.push_to_hub and job.accelerator.is_main_process:
         hub.upload(run_dir / "model", job.config.push_to_hub)
 
 

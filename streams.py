@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from config import UserError, say
-from readers import brief, choose_column, csv_rows, json_rows, open_file, text_lines
+from readers import brief, choose_column, csv_rows, json_rows, open_file, text_lines, unpaired
 
 WINDOW_ROWS = 4096
 WINDOW_CHARACTERS = 2**23  # for texts of a megabyte each
@@ -56,6 +56,8 @@ def open_input(texts: tuple[str, ...], file: str | None, text_column: str | None
     text_column: that of the file, where the user named it; guess: that of the file the run was trained on.
     """
     choose = partial(choose_column, "text", wanted=text_column, guess=guess)
+    if bad := next(filter(unpaired, texts), None):
+        raise UserError(f"--predict: expected texts in UTF-8, got {brief(bad)}")
     if texts:
         return Source(_windows(({"text": text}, text) for text in texts), "lines", None)
     if file is None:
@@ -76,8 +78,8 @@ def open_input(texts: tuple[str, ...], file: str | None, text_column: str | None
     if ending == ".txt":
         return Source(_windows(_lines(path, file)), "lines", path)
     if ending in (".csv", ".tsv"):
-        return Source(_windows(_csv(path, choose)), ending[1:], path)
-    return Source(_windows(_json(path, choose, text_column)), "json", path)
+        return Source(_windows(_some(_csv(path, choose), path)), ending[1:], path)
+    return Source(_windows(_some(_json(path, choose, text_column), path)), "json", path)
 
 
 def _windows(rows: Iterator[tuple[dict[str, Any], str]], most: int = WINDOW_ROWS) -> Iterator[Window]:
@@ -90,6 +92,15 @@ def _windows(rows: Iterator[tuple[dict[str, Any], str]], most: int = WINDOW_ROWS
             found, characters = [], 0
     if found:
         yield Window([text for _, text in found], [row for row, _ in found])
+
+
+def _some(rows: Iterator[tuple[dict[str, Any], str]], file: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """The same rows. UserError where there are none."""
+    row = None
+    for row in rows:
+        yield row
+    if row is None:
+        raise UserError(f"{file}: expected rows of text, found none")
 
 
 def _lines(source: Path | BinaryIO, name: str) -> Iterator[tuple[dict[str, Any], str]]:
@@ -119,7 +130,7 @@ def _json(file: Path, choose: Choose, text_column: str | None) -> Iterator[tuple
             column = choose(list(row), where)
         _check_free(row, where)
         text = row.get(column) if row else None
-        if not isinstance(text, str | None):
+        if not isinstance(text, str | None) or unpaired(text):
             raise UserError(f"{where}: expected a text under {column!r}, found {brief(text)}")
         yield row, text or ""
 
@@ -176,7 +187,7 @@ class Output:
         lines = self._json(rows, labels, rounded) if self.kind == "json" else self._csv(rows, labels, rounded)
         with undisturbed():
             self.handle = self.handle or (self.file.open("wb") if self.file else sys.stdout.buffer)
-            self.handle.write(lines.encode())
+            self.handle.write(lines.encode(errors="backslashreplace"))  # half a surrogate pair, as JSON writes it
             self.handle.flush()
 
     def close(self) -> None:

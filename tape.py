@@ -67,9 +67,11 @@ def within(space: Workspace | None) -> Iterator[None]:
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Tensor:
-    """As `torch.empty`, but from the workspace where one is given."""
+    """As `torch.empty`, but on the CPU from the workspace, where one is given."""
     space = _space.get()
-    return torch.empty(shape, dtype=dtype, device=device) if space is None else space.empty(shape, dtype)
+    if space is None or (device is not None and device.type != "cpu"):
+        return torch.empty(shape, dtype=dtype, device=device)
+    return space.empty(shape, dtype)
 
 
 class Tape:

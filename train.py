@@ -135,6 +135,7 @@ def finetune(config: TrainConfig, source: models.ModelSource) -> Path:
         models.load_trained_state(engine.model, progress.best_weights)
         finish(job, engine, splits, run_dir, logger, record)
         checkpoints.clear()
+    runs.share(job, run_dir)
     return run_dir
 
 

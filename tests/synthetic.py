@@ -58,7 +58,7 @@ def make_run(config: TrainConfig, skill: float, rows: Rows) -> Run:
     stored = {k: v for k, v in identity(asdict(config)) if k not in ("dataset", "dataset_dir", "model")}
     name = f"{config.method}-{config.seed}"
     return Run(
-        name, stored, config.method, model, data, facts, scores, scores, curve, growth, predicted, confidence, rows
+        name, stored, config.method, model, data, facts, scores, scores, curve, predicted, confidence, rows
     )
 
 

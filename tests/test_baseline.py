@@ -74,7 +74,7 @@ def test_c_is_chosen_on_validation_and_ties_go_to_the_smallest():
     labels = rng.integers(0, 2, 200)
     separable = labels[:, None] * 4 + rng.normal(size=(200, 3)) * 0.1
     features, labels = {"train": separable, "validation": separable}, {"train": labels, "validation": labels}
-    assert fit(features, labels, 0)[1] == C_GRID[0]
+    assert fit(features, labels)[1] == C_GRID[0]
 
 
 def test_probabilities_never_change_a_decision():

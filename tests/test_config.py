@@ -119,6 +119,7 @@ WRONG = [
     ("precision", "fp16", "'auto', 'fp32', 'bf16'"),
     *[(flag, "", "a name or a path") for flag in ("dataset", "dataset_dir", "model", "output_dir", "plots_dir")],
     ("project", " ", "a name or a path"),
+    ("weight_decay", "50000", "less than 1 / lr"),
 ]
 
 
@@ -144,6 +145,11 @@ def test_a_wrong_value_is_refused_in_one_line(flag, value, expected, capsys):
         "--finetune --peft=False",
         "--finetune --epoch 3",  # no abbreviations: a flag added later must not change what a command means
         "--finetune --wandb\nyes",
+        "--predict ",  # as of --predict "$RUN" where RUN is not set
+        "--merge ",
+        "--sync ",
+        "--sweep ",
+        "--report runs/a ",
     ],
 )
 def test_a_wrong_command_is_refused_in_one_line(words, capsys):

@@ -218,3 +218,4 @@ def test_a_push_that_fails_leaves_the_run_whole(pushing, tmp_path, monkeypatch):
     assert done.returncode == 2 and "Traceback" not in done.stderr.split("error: ")[-1]
     (run,) = (tmp_path / "runs").iterdir()
     assert (run / "result.json").exists() and f"hf upload me/mine {run / 'model'}" in done.stderr.splitlines()[-1]
+    assert not (run / "checkpoints").exists() and f"run folder: {run}" in done.stdout  # it is finished

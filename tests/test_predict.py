@@ -207,22 +207,36 @@ WRONG = {
     "onto itself": (None, ("--input", "{csv}", "--text_column", "a", "--output", "{csv}"), None, "another file"),
     "no folder": (None, ("good", "--output", "nowhere/x.jsonl"), None, "nowhere"),
     "taken names": (None, ("--input", "{taken}"), None, "predicted_label"),
+    "a blank for a run": (" ", (), None, "expected a name or a path"),
+    "a header alone": (None, ("--input", "{header}", "--output", "x.csv"), None, "expected rows of text, found none"),
+    "an empty list": (None, ("--input", "{list}", "--output", "x.jsonl"), None, "expected rows of text, found none"),
+    "half a pair": (None, ("--input", "{half}"), None, "line 1: expected a text under 'text'"),
+    "an argument that is not UTF-8": (None, ("caf\udce9",), None, "expected texts in UTF-8"),
 }
+ENDINGS = {"latin": "txt", "empty": "txt", "half": "jsonl", "list": "json"}
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_what_the_user_got_wrong_is_one_line(runs, predict, tmp_path, monkeypatch, case):
     monkeypatch.chdir(tmp_path)
     files = {"latin": b"good\ncaf\xe9\n", "empty": b"", "csv": b"a,b\n1,2\n", "taken": b"text,predicted_label\na,b\n"}
+    files |= {"header": b"text,b\n", "list": b"[]", "half": b'{"text": "\\ud800"}\n'}
+    paths = {name: f"{name}.{ENDINGS.get(name, 'csv')}" for name in files}
     for name, content in files.items():
-        (tmp_path / f"{name}.{'txt' if name in ('latin', 'empty') else 'csv'}").write_bytes(content)
+        (tmp_path / paths[name]).write_bytes(content)
     run, words, stdin, expected = WRONG[case]
-    paths = {name: f"{name}.{'txt' if name in ('latin', 'empty') else 'csv'}" for name in files}
     code, out, err = predict(run or runs["full"], *(word.format(**paths) for word in words), stdin=stdin)
     last = err.strip().splitlines()[-1]
     assert code == 2 and last.startswith("error: ") and expected in last and "Traceback" not in err
     assert out == "" and not list(tmp_path.glob("x.*"))
     assert (tmp_path / "csv.csv").read_bytes() == files["csv"]
+
+
+def test_half_a_pair_beside_the_text_stays_as_it_is(runs, predict, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"text": "good", "id": "\\ud800"}\n')
+    words = ("--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl"))
+    assert predict(runs["full"], *words)[0] == 0
+    assert read_lines(tmp_path / "out.jsonl")[0]["id"] == "\ud800"
 
 
 def test_an_unfinished_run_and_a_damaged_one_are_refused(runs, predict, tmp_path):
@@ -335,6 +349,13 @@ def test_the_card_names_base_data_and_limits(runs):
     record = read_json(runs["full"] / "result.json")
     assert record["model"]["source"] in card and record["data"]["source"] in card and "95%" in card
     assert "its card names none" in card and "license:" not in card.split("---")[1]  # the tiny model has no card
+    assert "pipeline_tag: text-classification" in card and "Best epoch" in card
+
+
+def test_the_card_of_a_baseline_promises_no_head(runs):
+    card = (runs["baseline"] / "model" / "README.md").read_text()
+    assert "pipeline_tag" not in card and "epoch" not in card and "linear.safetensors" in card
+    assert f"C by validation accuracy: {read_json(runs['baseline'] / 'result.json')['C']:g}." in card
 
 
 def test_the_card_of_the_packaged_encoder_and_of_a_folder_with_a_card_names_the_license(tiny_model, tmp_path):

@@ -15,7 +15,7 @@ from PIL import Image
 import claims
 import plots
 import report
-from records import export, group_cells, read_runs
+from records import export, group_cells, read_lines, read_runs
 
 
 def test_run_folders_and_their_small_records_give_the_same_report(cli, tmp_path):
@@ -89,9 +89,24 @@ def test_exported_records_read_back_as_they_were(studies, tmp_path):
         back = found[run.cell, run.seed]
         for name in ("predicted", "confidence"):
             assert (getattr(run, name) == getattr(back, name)).all()
-        for name in ("name", "config", "method", "model", "data", "facts", "val", "test", "curve", "train_loss"):
+        for name in ("name", "config", "method", "model", "data", "facts", "val", "test", "curve"):
             assert getattr(run, name) == getattr(back, name)
         assert (run.rows.labels == back.rows.labels).all() and (run.rows.negated == back.rows.negated).all()
+
+
+def test_a_run_again_is_exported_beside_the_one_that_counts(studies, tmp_path):
+    first = studies[0]
+    again = [replace(first, name=f"{n}", facts=first.facts | {"device": f"machine {n}"}) for n in range(11)]
+    assert len(set(export([first, *again, studies[1]], tmp_path))) == 13
+    groups, repeats = group_cells(read_runs([tmp_path]))
+    assert sorted(repeats) == sorted(run.name for run in again)
+    assert first.name in {run.name for group in groups for cell in group for run in cell.runs}
+
+
+def test_a_line_of_json_may_hold_other_ends_of_lines(tmp_path):
+    rows = [{"text": "one\u2028two\u0085three\rfour"}, {"text": "five"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    assert read_lines(tmp_path / "rows.jsonl") == rows
 
 
 @pytest.fixture
@@ -110,6 +125,27 @@ def test_the_order_of_the_records_does_not_matter(studies, tmp_path):
 
     some = [run for run in studies if run.seed < 3]
     assert made(some) == made(some[::-1])
+
+
+def with_encoder(run, letter, data=None):
+    named = {"name": data} if data else {}
+    return replace(run, model=run.model | {"fingerprint": letter * 64}, data=run.data | named)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_each_group_has_pictures_of_its_own(studies, tmp_path):
+    some = [run for run in studies if run.seed == 1 and run.data["name"] == "rotten_tomatoes"]
+    others = [with_encoder(run, "e") for run in some] + [
+        with_encoder(run, "e", "rotten_tomatoes (packaged)") for run in some
+    ]
+    text = report.markdown(report.build(group_cells([*some, *others])[0], tmp_path))
+    pictures = re.findall(r"\]\((\S+\.png)\)", text)
+    assert len(pictures) > 10 and len(set(pictures)) == len(pictures)
+
+
+def test_the_claims_are_judged_by_the_data_they_name(studies):
+    other = [with_encoder(run, "e", "ag_news") for run in studies if run.seed == 1]
+    assert findings([*other, *studies]) == findings(studies)
 
 
 def test_a_repeated_cell_and_seed_counts_once(studies):

@@ -13,7 +13,7 @@ import kernels
 from dropout import random_seeds
 from fast import FastClassifier, Replay
 from optim import FastAdamW
-from tape import Workspace
+from tape import Workspace, empty, within
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no compiler")
 PRECISIONS = ["fp32", pytest.param("bf16", marks=pytest.mark.skipif(not kernels.tiles(), reason="no bf16 products"))]
@@ -136,3 +136,10 @@ def test_workspaces_that_share_chunks_give_out_the_same_memory():
     chunks: list[Tensor] = []
     one, other = Workspace(chunks).empty((9, 9), torch.float32), Workspace(chunks).empty((3, 3), torch.float32)
     assert one.data_ptr() == other.data_ptr() and len(chunks) == 1
+
+
+def test_a_workspace_is_memory_of_the_cpu_alone():
+    """With CUDA, layers.py computes within the workspace that the prefix cache is filled in."""
+    with within(space := Workspace()):
+        assert empty(3, device=torch.device("meta")).device.type == "meta" and not space.chunks
+        assert empty(3, device=torch.device("cpu")).device.type == "cpu" and space.chunks

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from config import Interrupted, UserError
+from device import wait_for_everyone
 
 KEEP = 2  # the newest, and one to fall back on
 SHORTEST_INTERVAL_S, COST_SHARE = 60.0, 0.01
@@ -95,7 +96,7 @@ class Checkpoints:
                 save(self.root, step, state)
         except (OSError, SafetensorError) as error:
             raise UserError(f"the checkpoint of step {step} cannot be written to {self.root}: {error}") from error
-        self.accelerator.wait_for_everyone()
+        wait_for_everyone(self.accelerator)
         self.saved_at = time.monotonic()
         self.cost = self.saved_at - started
 

@@ -78,7 +78,7 @@ class Batch(NamedTuple):
         if device.type == "cpu":
             return self
         ids, lengths, labels, hidden = (
-            tensor if tensor is None else tensor.to(device, non_blocking=True) for tensor in (*self[:3], self.hidden)
+            tensor if tensor is None else tensor.to(device) for tensor in (*self[:3], self.hidden)
         )
         return Batch(ids, lengths, labels, self.first, self.whole, hidden)
 

@@ -4,9 +4,11 @@ import contextlib
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 
 import kernels
@@ -20,6 +22,10 @@ def open_device(device: str, precision: str) -> tuple[Accelerator, str]:
     there = {"cpu": 1, "cuda": torch.cuda.device_count() if cuda else 0, "mps": int(torch.mps.is_available())}
     if int(device.partition(":")[2] or 0) >= there[kind]:
         raise UserError(f"--device {device}: no such device; torch {torch.__version__} sees {there}")
+    if ":" in device and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"--device {device}: expected cuda or cpu where there are several processes: each has its own")
+    if ":" in device:
+        torch.cuda.set_device(device)
     if ":" in device or kind == "mps":
         os.environ["ACCELERATE_TORCH_DEVICE"] = device
     for other in ("DEEPSPEED", "MEGATRON_LM"):
@@ -29,6 +35,25 @@ def open_device(device: str, precision: str) -> tuple[Accelerator, str]:
     if precision == "auto":
         precision = "bf16" if _native_bf16(kind) else "fp32"
     return accelerator, precision
+
+
+def wait_for_everyone(accelerator: Accelerator) -> None:
+    """A barrier. accelerate's own names a GPU of this process's number for processes on the CPU, too: where there are
+    fewer of them, that fails (accelerate 1.15, torch 2.13)."""
+    if accelerator.device.type != "cpu":
+        accelerator.wait_for_everyone()
+    elif accelerator.num_processes > 1:
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def main_process_first(accelerator: Accelerator) -> Iterator[None]:
+    """The main process runs the block, then the others."""
+    if not accelerator.is_main_process:
+        wait_for_everyone(accelerator)
+    yield
+    if accelerator.is_main_process:
+        wait_for_everyone(accelerator)
 
 
 def take_fsdp() -> bool:

@@ -238,8 +238,9 @@ def load_trained_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` itself, or all of it where it is spread over the processes (FSDP), which all take part."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    """`tensor` itself; where it is spread over the processes (FSDP), which all take part, all of it, on the CPU: what
+    needs them all does not fit on one's device."""
+    return tensor.full_tensor().cpu() if hasattr(tensor, "full_tensor") else tensor
 
 
 def shard_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

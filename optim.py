@@ -207,17 +207,20 @@ class FastAdamW(torch.optim.Optimizer):
             mine = [(rows.cpu(), grad.cpu()) for rows, grad in self.fast.table_grads]
             everyone: list = [None] * dist.get_world_size()
             dist.all_gather_object(everyone, mine)
-            device = self.fast.table.device
-            self.fast.table_grads[:] = [(r.to(device), g.to(device)) for part in everyone for r, g in part]
+            # On the CPU, which adds in order: each process is to get the same sum, to the bit.
+            rows, grad = self._added([pair for part in everyone for pair in part])
+            self.fast.table_grads[:] = [(rows.to(self.fast.table.device), grad.to(self.fast.table.device))]
 
     def _table_grad(self) -> tuple[Tensor, Tensor]:
         """Row gradients of all micro-batches and processes, summed: unique ids [U], gradient [U, D]."""
         parts = self.fast.table_grads
-        if len(parts) == 1:
-            return parts[0]
+        return parts[0] if len(parts) == 1 else self._added(parts)
+
+    @staticmethod
+    def _added(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         rows, index = torch.unique(torch.cat([r for r, _ in parts]), return_inverse=True)
-        grad = self.fast.table.new_zeros(len(rows), self.fast.table.shape[1])
-        return rows, grad.index_add_(0, index, torch.cat([g for _, g in parts]))
+        grads = torch.cat([g for _, g in parts])
+        return rows, grads.new_zeros(len(rows), grads.shape[1]).index_add_(0, index, grads)
 
     @torch.no_grad()
     def step(self, closure=None) -> Tensor:

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
-from config import UserError, say
+from config import UserError
 
 POLL_SECONDS = 0.2
 
@@ -69,7 +69,7 @@ class LocalPool:
         self.at_once, self.lock_file, self.stopped = workers, lock, 0
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.env = {"OMP_NUM_THREADS": str(max(1, cores // workers))} if workers > 1 else {}
-        self.threads, self.guard = ThreadPoolExecutor(workers), threading.Lock()
+        self.threads, self.guard = ThreadPoolExecutor(workers), threading.RLock()
         self.children: list[subprocess.Popen] = []
 
     def submit(self, command: list[str], log: Path) -> Future:
@@ -153,7 +153,7 @@ class ForwardSignals:
 
     def _note(self, number: int, _: Any) -> None:
         self.number = number
-        say("stopping the runs after their step")
+        os.write(2, b"stopping the runs after their step\n")  # print may be busy just now
         self.pool.stop(number)
 
     def __exit__(self, *_: object) -> None:

@@ -141,7 +141,7 @@ class Predictor:
     def _logits(self, forward: Forward, split: TokenSplit, rows: np.ndarray) -> np.ndarray:
         found = np.empty((len(rows), len(self.saved.label_names)))
         for places in sorted_batches(split.lengths[rows], BATCH_SIZE, tokens_at_once(self.device)):
-            found[places] = forward(split.batch(rows[places]).to(self.device)).double().cpu().numpy()
+            found[places] = forward(split.batch(rows[places]).to(self.device)).cpu().double().numpy()
         return found
 
 

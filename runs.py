@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock, Timeout
 from torch import nn
 
@@ -27,7 +27,7 @@ import hub
 import models
 from config import NEWEST, TrainConfig, UserError, say
 from data import TextData, TokenSplit, load_data
-from device import arithmetic, device_name, open_device, take_fsdp
+from device import arithmetic, device_name, main_process_first, open_device, take_fsdp
 from readers import Columns, brief
 from tokens import Cutter, tokenize
 from tracking import Logger, NullLogger, open_logger
@@ -63,7 +63,7 @@ def prepare(config: TrainConfig, source: models.ModelSource) -> Job:
     tokenizer, max_length = models.load_tokenizer(source, config.max_length)
     sharded = take_fsdp()
     accelerator, precision = open_device(config.device, config.precision)
-    with accelerator.main_process_first():
+    with main_process_first(accelerator):
         columns = Columns(config.text_column, config.label_column)
         data = load_data(config.dataset, config.dataset_dir, config.limit, config.seed, columns)
         splits, cut = tokenize(data, Cutter(tokenizer, max_length, config.truncation))
@@ -72,6 +72,9 @@ def prepare(config: TrainConfig, source: models.ModelSource) -> Job:
         data = replace(data, notes=(*data.notes, *cut))
     torch.manual_seed(config.seed)  # decides the new head, the adapters, and every dropout from here on
     model = models.load_classifier(source, data.label_names)
+    mine = source.name, data.fingerprints, precision  # each process has looked for itself
+    if accelerator.num_processes > 1 and any(other != mine for other in gather_object([mine])):
+        raise UserError(f"the processes found different models or data; this one {source.name} and {data.source}")
     sharded = sharded and accelerator.num_processes > 1
     return Job(config, accelerator, sharded, precision, source, tokenizer, max_length, data, splits, model)
 
@@ -148,13 +151,14 @@ def open_run(job: Job, record: dict[str, Any], metrics_bytes: int = 0) -> Iterat
 def _take(lock: FileLock, run_dir: Path, record: dict[str, Any], metrics_bytes: int, new: bool) -> None:
     """Make the folder this process's own: a new one gets its record, another is cut back to its checkpoint.
 
-    UserError where another process is still at work in it, or where it cannot be written.
+    UserError where another process is still at work in it or has finished it, or where it cannot be written.
     """
     try:
         lock.acquire()
+        finished = (run_dir / "result.json").exists()  # since this process looked for a run to go on with
         if new:
             write_json(run_dir / "config.json", record)
-        elif (run_dir / "metrics.jsonl").exists():
+        elif not finished and (run_dir / "metrics.jsonl").exists():
             size = (run_dir / "metrics.jsonl").stat().st_size
             os.truncate(run_dir / "metrics.jsonl", min(size, metrics_bytes))
     except Timeout:
@@ -164,6 +168,8 @@ def _take(lock: FileLock, run_dir: Path, record: dict[str, Any], metrics_bytes: 
             shutil.rmtree(run_dir, ignore_errors=True)
         named = "--output_dir" if new else "--resume"
         raise UserError(f"{named} {run_dir}: cannot be written: {error}") from error
+    if finished:
+        raise UserError(f"--resume {run_dir}: another process has just finished this run")
 
 
 def find_resumable(config: TrainConfig) -> TrainConfig | None:

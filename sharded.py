@@ -45,7 +45,8 @@ class ShardedEngine(PlainEngine):
     """PlainEngine over FSDP2 (torch's `fully_shard`): a block's weights are whole only while it computes."""
 
     def __init__(self, model: nn.Module, accelerator: Accelerator, *settings: Any) -> None:
-        self.to_save = copy.deepcopy(model).cpu() if accelerator.is_main_process else None
+        self.to_save = copy.deepcopy(model.cpu()) if accelerator.is_main_process else None
+        model.to(accelerator.device)
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         for module in (*encoder_blocks(base)[1], model):

@@ -25,7 +25,7 @@ import runs
 from checkpoint import Checkpoints, GracefulStop, flush, newest_whole
 from config import Interrupted, TrainConfig, UserError
 from data import Batch, TokenSplit, epoch_steps
-from device import PeakMemory
+from device import PeakMemory, main_process_first, wait_for_everyone
 from engine import Engine, FastEngine, make_engine, predict_probabilities
 from metrics import score, score_with_intervals
 from prefix import with_prefix
@@ -160,7 +160,8 @@ def set_up(job: runs.Job, record: dict[str, Any]) -> tuple[Engine, Loader, Lambd
     loader = partial(epoch_steps, lengths, config.batch_size, config.gradient_accumulation_steps, config.seed)
     steps = config.epochs * sum(1 for _ in loader(0))
     gc.freeze()  # what was imported stays: the collector need not look at it again and again (2% of a step)
-    record |= {"trainable_parameters": trainable, "total_parameters": total, "engine": engine.name, "steps": steps}
+    name = engine.name + ("" if accelerator.device.type == "cpu" else f", {accelerator.device.type}")
+    record |= {"trainable_parameters": trainable, "total_parameters": total, "engine": name, "steps": steps}
     return engine, loader, linear_schedule(engine.optimizer, config.warmup_ratio, steps)
 
 
@@ -170,7 +171,7 @@ def cache_prefix(job: runs.Job, engine: Engine, record: dict[str, Any], progress
         return job.splits
     started = time.perf_counter()
     content = f"{record['model']['fingerprint']}|{engine.frozen_prefix}|{job.arithmetic}"
-    with job.accelerator.main_process_first():
+    with main_process_first(job.accelerator):
         splits = with_prefix(
             job.splits,
             partial(engine.classifier.prefix, space=Workspace()),
@@ -192,8 +193,8 @@ def snapshot(
     if accelerator.is_main_process:
         flush(metrics)  # else a power cut could leave less of it than the checkpoint counts on
     own = {"cpu": torch.get_rng_state(), "window_loss": progress.window_loss.cpu()}  # each process has its own
-    if accelerator.device.type == "cuda":
-        own["cuda"] = torch.cuda.get_rng_state(accelerator.device)
+    if accelerator.device.type != "cpu":
+        own["device"] = torch.get_device_module(accelerator.device).get_rng_state()
     return {
         "weights": {n: models.whole(p.detach()) for n, p in engine.model.named_parameters() if p.requires_grad},
         "optimizer": engine.optimizer.state_dict(),
@@ -217,8 +218,8 @@ def restore(
     own = state["processes"][accelerator.process_index]
     progress.window_loss = own["window_loss"].to(accelerator.device)
     torch.set_rng_state(own["cpu"])
-    if accelerator.device.type == "cuda":
-        torch.cuda.set_rng_state(own["cuda"], accelerator.device)
+    if accelerator.device.type != "cpu":
+        torch.get_device_module(accelerator.device).set_rng_state(own["device"])
     accelerator.print(f"resuming at step {progress.global_step}", file=sys.stderr)
     return state["metrics_bytes"]
 
@@ -349,4 +350,4 @@ def finish(
             runs.warn_of_one_answer(splits["validation"].labels, found["val"], job.data.label_names)
         except (OSError, SafetensorError) as error:
             raise UserError(f"model and results cannot be written to {run_dir}: {error}") from error
-    job.accelerator.wait_for_everyone()
+    wait_for_everyone(job.accelerator)

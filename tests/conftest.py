@@ -16,6 +16,7 @@ os.environ |= {
     "HF_HOME": f"{_HOME.name}/hf",
     "HF_HUB_OFFLINE": "1",
     "DISTILBERT_SENTIMENT_CACHE": f"{_HOME.name}/cache",
+    "CUDA_VISIBLE_DEVICES": "",  # the tests compare runs bit for bit, which is a promise of the CPU
     "OMP_NUM_THREADS": "1",  # the tests' models are too small for more, and waiting threads take the core
 }
 for _setting in ("WANDB_API_KEY", "COMET_API_KEY", "COMET_CONFIG", "COMET_INI"):

@@ -57,9 +57,7 @@ def make_run(config: TrainConfig, skill: float, rows: Rows) -> Run:
     model = {"name": "an encoder nobody trained", "kind": "local", "fingerprint": "f" * 64}
     stored = {k: v for k, v in identity(asdict(config)) if k not in ("dataset", "dataset_dir", "model")}
     name = f"{config.method}-{config.seed}"
-    return Run(
-        name, stored, config.method, model, data, facts, scores, scores, curve, predicted, confidence, rows
-    )
+    return Run(name, stored, config.method, model, data, facts, scores, scores, curve, predicted, confidence, rows)
 
 
 def study_runs() -> list[Run]:

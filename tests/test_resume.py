@@ -236,6 +236,16 @@ def test_a_run_that_is_still_going_on_is_not_resumed(cli, monkeypatch):
     assert not (run / ".lock").exists()
 
 
+def test_a_run_that_another_process_finished_meanwhile_stays_as_it_is(cli, monkeypatch):
+    assert cli("--finetune", "--epochs", "1")[0] == 0
+    (run,) = cli.runs.iterdir()
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    monkeypatch.setattr("runs.find_resumable", lambda config: config)  # it looked before the other one was done
+    code, _, err = cli("--resume", str(run), dataset=None)
+    assert code == 2 and err.strip().splitlines()[-1].endswith("another process has just finished this run")
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
 def test_runs_that_start_together_get_folders_of_their_own(tmp_path):
     import runs
 

@@ -184,7 +184,7 @@ def judge(groups: list[list[Cell]], scores: dict[tuple, dict[str, stats.Scores]]
 
     Of several groups of one data set the first counts.
     """
-    cells = {_data_set(group): group for group in reversed(subject(groups))}
+    cells = {data_set(group): group for group in reversed(subject(groups))}
     contrasts = [s for claim in CLAIMS for s in claim.statements if isinstance(s, Contrast)]
     measured = {}
     for statement in contrasts:
@@ -202,14 +202,15 @@ def judge(groups: list[list[Cell]], scores: dict[tuple, dict[str, stats.Scores]]
     return found
 
 
-def _data_set(group: list[Cell]) -> str:
+def data_set(group: list[Cell]) -> str:
+    """Its name, packaged or not."""
     return group[0].first.data["name"].removesuffix(" (packaged)")
 
 
 def subject(groups: list[list[Cell]]) -> list[list[Cell]]:
     """The groups that the claims are about: their data sets, with the first such group's encoder. Claims are not pieced
     together from two."""
-    named = [group for group in groups if _data_set(group) in (RT, SST2)]
+    named = [group for group in groups if data_set(group) in (RT, SST2)]
     return [group for group in named if group[0].first.model["fingerprint"] == named[0][0].first.model["fingerprint"]]
 
 

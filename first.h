@@ -164,8 +164,8 @@ static void attend_first_backward(i64 b, i64 h, i64 l, i64 d, i64 in, i64 ldx, c
 // right, head by head. Keys: of the queries and the sums; values: of dcontext (no shift) and the means. Rows of `left`
 // are ldl apart.
 template <class T>
-static void attend_first_gradient(i64 b, i64 h, i64 d, i64 in, i64 first, i64 count, const T* left, i64 ldl, const float* shift,
-                                  float scale, const float* right, T* to) {
+static void attend_first_gradient(i64 b, i64 h, i64 d, i64 in, i64 first, i64 count, const T* left, i64 ldl,
+                                  const float* shift, float scale, const float* right, T* to) {
     const i64 wide = whole(in), columns = whole(d);
 #pragma omp parallel
     {

@@ -311,11 +311,10 @@ static void cast(i64 n, i64 d, const float* x, i64 ldx, T* to, i64 ldt) {
 template <class T>
 static void add_first(i64 b, i64 l, i64 d, const T* x, i64 ldx, const float* first, const T* more, i64 ldm, float* to) {
 #pragma omp parallel for schedule(static)
-    for (i64 i = 0; i < b * l; i++)
-        for (i64 j = 0; j < d; j++) {
-            to[i * d + j] = load(x[i * ldx + j]);
-            if (i % l == 0) to[i * d + j] += first[i / l * d + j] + load(more[i / l * ldm + j]);
-        }
+    for (i64 i = 0; i < b * l; i++) {
+        for (i64 j = 0; j < d; j++) to[i * d + j] = load(x[i * ldx + j]);
+        for (i64 j = 0; i % l == 0 && j < d; j++) to[i * d + j] += first[i / l * d + j] + load(more[i / l * ldm + j]);
+    }
 }
 
 // In the order of kernels.SIGNATURES.

@@ -179,7 +179,7 @@ def detectable(difference: stats.Difference) -> str:
 def _prefix(group: list[Cell], taken: list[str]) -> str:
     """Nothing for the default data set, whose pictures are plots/loss.png and so on; else the data set's name. Where
     another group has taken that, the encoder behind it, and then a number."""
-    name = group[0].first.data["name"].removesuffix(" (packaged)").replace("/", "--")
+    name = claims.data_set(group).replace("/", "--")
     prefix = "" if name == DEFAULT_DATASET else f"{name}_"
     longer = f"{prefix}{group[0].first.model['fingerprint'][:6]}_"
     return next(one for one in chain((prefix, longer), (f"{longer}{n}_" for n in count(2))) if one not in taken)

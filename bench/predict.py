@@ -8,7 +8,6 @@ moves the difference of the two best logits, which `predict.CLOSE` must exceed f
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -26,12 +25,12 @@ import torch
 from transformers import pipeline
 
 import predict
+from records import read_lines
 from streams import WINDOW_ROWS
 
 
 def texts_of(run: Path, rows: int) -> list[str]:
-    lines = (run / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    own = [json.loads(line)["text"] for line in lines]
+    own = [line["text"] for line in read_lines(run / "predictions.jsonl")]
     return [f"{own[number % len(own)]} {number}" for number in range(rows)]
 
 

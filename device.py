@@ -105,9 +105,11 @@ def tokens_at_once(device: torch.device) -> int:
 
 
 def device_name(device: torch.device) -> str:
-    """cuda: the card's name; cpu: the processor's, as the system gives it, and the number of threads."""
+    """cuda: the card's name, and how many runs a sweep lets share it; cpu: the processor's, as the system gives it, and
+    the number of threads."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        at_once = int(os.environ.get("RUNS_AT_ONCE", "1"))
+        return torch.cuda.get_device_name(device) + f" ({at_once} runs at once)" * (at_once > 1)
     name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
     return f"{name} ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
 

@@ -14,7 +14,7 @@ import fast
 from data import Batch, TokenSplit, sorted_batches
 from device import tokens_at_once
 from models import encoder_blocks, whole
-from optim import FastAdamW
+from optim import adamw_for
 
 EVAL_BATCH_SIZE = 64
 
@@ -30,11 +30,15 @@ class Engine(Protocol):
         """A batch on the device -> logits [B, classes] in fp32."""
         ...
 
-    def step(self) -> bool:
+    def step(self) -> None:
         """Sum up the gradients of all processes, clip their global norm, update, and forget them.
 
-        False, and nothing is updated, where the gradient is not finite.
+        Nothing is updated where the gradient is not finite. A GPU may still be at it.
         """
+        ...
+
+    def stepped(self) -> bool:
+        """Whether the last step updated anything; waits for a GPU."""
         ...
 
     def train_mode(self) -> None:
@@ -81,6 +85,7 @@ class FastEngine:
 
     On CPU what lies between the matrix products is compiled (kernels.py) where there is a compiler, and the products
     too (tiles.py): those in fp32, and those in bf16 where the processor has instructions for them, AMX or AVX512-BF16.
+    On a GPU a step is three captured graphs (graphs.py).
     """
 
     def __init__(
@@ -94,11 +99,11 @@ class FastEngine:
         frozen_prefix: int,
     ) -> None:
         self.model, self.frozen_prefix = model, frozen_prefix
-        self.classifier = fast.FastClassifier(model, precision, frozen_prefix)
-        compiled, products = self.classifier.compiled, self.classifier.recordable
-        self.name = "fast" + ", compiled kernels" * compiled + " and products" * products
-        self.optimizer = FastAdamW(self.classifier, lr=lr, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
         self.distributed = accelerator.num_processes > 1
+        self.classifier = fast.FastClassifier(model, precision, frozen_prefix, self.distributed)
+        compiled, products, graphed = self.classifier.compiled, self.classifier.recordable, self.classifier.graphed
+        self.name = "fast" + ", compiled kernels" * compiled + " and products" * products + ", graphs" * graphed
+        self.optimizer = adamw_for(self.classifier, lr=lr, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
 
     def forward(self, batch: Batch) -> Tensor:
         if batch.hidden is not None:
@@ -108,12 +113,14 @@ class FastEngine:
     def train_mode(self) -> None:
         self.model.train()
 
-    def step(self) -> bool:
+    def step(self) -> None:
         if self.distributed:
             self.optimizer.all_reduce()
-        norm = self.optimizer.step()
+        self.norm = self.optimizer.step()
         self.optimizer.zero_grad()
-        return math.isfinite(norm)
+
+    def stepped(self) -> bool:
+        return math.isfinite(self.norm)
 
     def settle(self) -> None:
         self.optimizer.flush()
@@ -168,17 +175,19 @@ class PlainEngine:
             self.base.base_model.eval()
             encoder_blocks(self.base)[1][self.frozen_prefix :].train()
 
-    def step(self) -> bool:
+    def step(self) -> None:
         if self.distributed:
             for parameter in self.trained:
                 if parameter.grad is not None:  # one that the forward pass does not use, in any process
                     dist.all_reduce(parameter.grad)
         norm = whole(nn.utils.clip_grad_norm_(self.trained, self.max_grad_norm or math.inf))
-        finite = math.isfinite(norm)
-        if finite:
+        self.finite = math.isfinite(norm)
+        if self.finite:
             self.optimizer.step()
         self.optimizer.zero_grad()
-        return finite
+
+    def stepped(self) -> bool:
+        return self.finite
 
     def settle(self) -> None:
         pass

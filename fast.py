@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import kernels
 from dropout import Draw, random_seeds
 from fused import FusedLayer
-from layers import Embedding, Head, Layer, Shape, Stream, total
+from graphs import Passes, Pool
+from layers import DeviceLayer, Embedding, Head, Layer, Shape, Stream, total
 from linear import Arena, base_layer
 from tape import Tape, Workspace, empty, within
 
@@ -150,15 +151,15 @@ class _Classify(torch.autograd.Function):
     def forward(
         ctx, anchor: Tensor, fast: "FastClassifier", source: Tensor, shape: Shape, from_ids: bool, draw: Draw
     ) -> Tensor:
-        cls, ctx.kept = fast._run(source, shape, from_ids, draw, save=True)
-        logits, ctx.kept.head = fast.head.forward(cls, draw)
+        logits, ctx.kept = fast.compute(source, shape, from_ids, draw, save=True)
         ctx.fast = fast
         return logits
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy: Tensor):
-        ctx.fast._run_backward(dy, ctx.kept)
+        with ctx.fast.arena.adding():
+            ctx.fast.gradients(dy, ctx.kept)
         ctx.kept = None
         return None, None, None, None, None, None
 
@@ -169,9 +170,12 @@ class FastClassifier:
     model: anything `supports` accepts, fp32, on its device; train/eval follows `model.training`.
     precision: "bf16" (fp32 masters, bf16 products, fp32 residual stream and norms) or "fp32".
     frozen_prefix: this many layers, and the embeddings, run as in evaluation (no dropout, no gradient).
+    shared: whether several processes share each batch.
     """
 
-    def __init__(self, model: nn.Module, precision: str = "bf16", frozen_prefix: int = 0):
+    GRAPHED = ("cuda",)  # kinds of device whose steps are captured
+
+    def __init__(self, model: nn.Module, precision: str = "bf16", frozen_prefix: int = 0, shared: bool = False):
         if reason := supports(model):
             raise ValueError(f"the fast path cannot run this model: {reason}")
         if precision not in ("bf16", "fp32"):
@@ -179,13 +183,18 @@ class FastClassifier:
         self.model, self.inner = model, _classifier(model)
         config, encoder = self.inner.config, self.inner.distilbert
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        self.arena = Arena(*_read_parameters(self.inner), self.dtype)
+        self.table = encoder.embeddings.word_embeddings.weight
+        kind_of_device = self.table.device.type
+        self.graphed = kind_of_device in self.GRAPHED
+        matrices, others = _read_parameters(self.inner)
+        # A GPU updates the whole table in 0.1 ms; to find out which rows a batch has, it would have to be waited for.
+        self.dense = self.graphed and self.table.requires_grad
+        self.arena = Arena(matrices, [self.table, *others] if self.dense else others, self.dtype)
         self.embedding = Embedding(self.arena, encoder.embeddings, config.dropout)
         self.head = Head(self.arena, _head_modules(self.inner), config.seq_classif_dropout)
-        self.table = self.embedding.table
         blocks = encoder.transformer.layer
-        self.compiled = self.table.device.type == "cpu" and kernels.library() is not None
-        kind = FusedLayer if self.compiled else Layer
+        self.compiled = kind_of_device == "cpu" and not self.graphed and kernels.library() is not None
+        kind = DeviceLayer if self.graphed and not shared else FusedLayer if self.compiled else Layer
         self.layers = [kind(self.arena, b, config, last=i + 1 == len(blocks)) for i, b in enumerate(blocks)]
         for layer, successor in pairwise(self.layers):
             layer.successor = successor
@@ -202,13 +211,21 @@ class FastClassifier:
             raise ValueError(f"layer {self.first} is trainable but frozen_prefix is {frozen_prefix}")
         self.lazy, self.table_grads = None, []
         self.anchor = torch.zeros((), requires_grad=True)
+        if self.graphed:
+            self.pool, self.passes = Pool(self.table.device), Passes(self, len(self.embedding.position))
 
     def attach(self, lazy) -> None:
         """Let a LazyTable bring rows up to date before they are read."""
         self.lazy = lazy
 
     def _shape(self, lengths: Tensor, b: int, length: int) -> Shape:
-        return Shape(b, length, lengths.long().contiguous())
+        return Shape(b, length, lengths.long().contiguous(), self.dtype if self.graphed else torch.float32)
+
+    def compute(self, source: Tensor, shape: Shape, from_ids: bool, draw: Draw, save: bool) -> tuple[Tensor, Kept]:
+        """As `_run`, to the logits [B, C]."""
+        cls, kept = self._run(source, shape, from_ids, draw, save)
+        logits, kept.head = self.head.forward(cls, draw)
+        return logits, kept
 
     def _run(self, source: Tensor, shape: Shape, from_ids: bool, draw: Draw, save: bool) -> tuple[Tensor, Kept]:
         """ids [B, L] or prefix output [B, L, D] -> CLS state [B, D] and what backward needs."""
@@ -246,13 +263,13 @@ class FastClassifier:
             del kept  # its memory is the next layer's, where it is not saved
         return stream[0], layers
 
-    def _run_backward(self, dy: Tensor, kept: Kept) -> None:
+    def gradients(self, dy: Tensor, kept: Kept) -> None:
+        """The gradient of the logits -> those of the parameters, to their places."""
         grads = None
-        with self.arena.adding():
-            dy = self.head.backward(dy, kept.head)
-            stream = kept.replay.backward(dy) if kept.replay else self._backward(dy, kept.layers, kept.shape)
-            if kept.embedding is not None:
-                grads = self.embedding.backward(total(stream), kept.embedding)
+        dy = self.head.backward(dy, kept.head)
+        stream = kept.replay.backward(dy) if kept.replay else self._backward(dy, kept.layers, kept.shape)
+        if kept.embedding is not None:
+            grads = self.embedding.backward(total(stream), kept.embedding)
         if grads and self.lazy:
             self.table_grads.append(grads)
         elif grads:
@@ -301,8 +318,9 @@ class FastClassifier:
 
     def _logits(self, source: Tensor, lengths: Tensor, from_ids: bool, draw: Draw) -> Tensor:
         self.arena.sync_if_changed()
+        if self.graphed:
+            return self.passes.logits(source, lengths, draw)
         shape = self._shape(lengths, source.shape[0], source.shape[1])
         if torch.is_grad_enabled():
             return _Classify.apply(self.anchor, self, source, shape, from_ids, draw)
-        cls, _ = self._run(source, shape, from_ids, draw, save=False)
-        return self.head.forward(cls, draw)[0]
+        return self.compute(source, shape, from_ids, draw, save=False)[0]

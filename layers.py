@@ -4,7 +4,7 @@ Shapes: B sequences, L tokens each (padded on the right), N = B * L, D width, H 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dropout import Draw
-from linear import Arena, Linear, LoraLinear, apply, make_linear, put
+from linear import Arena, Linear, LoraLinear, apply, device_lora, make_linear, put
 
 aten = torch.ops.aten
 Stream = tuple[Tensor, Tensor | None]  # between layers: see Layer.forward and Layer.backward
@@ -28,7 +28,7 @@ class Norm:
     """Layer norm in fp32 on fp32 input, with ATen's own backward."""
 
     def __init__(self, arena: Arena, module: nn.LayerNorm):
-        self.eps = module.eps
+        self.arena, self.eps = arena, module.eps
         self.weight, self.bias = module.weight.data, module.bias.data
         self.dweight, self.dbias = arena.grad_view([module.weight]), arena.grad_view([module.bias])
 
@@ -38,18 +38,20 @@ class Norm:
 
     def backward(self, dy: Tensor, saved: tuple) -> Tensor:
         z, mean, rstd = saved
-        train = self.dweight is not None
-        dz, dw, db = aten.native_layer_norm_backward(
-            dy, z, [z.shape[-1]], mean, rstd, self.weight, self.bias, [True, train, train]
-        )
-        if train:
+        rest = ([z.shape[-1]], mean, rstd, self.weight, self.bias)
+
+        def weights() -> None:
+            _, dw, db = aten.native_layer_norm_backward(dy, z, *rest, [False, True, True])
             put(self.dweight, dw), put(self.dbias, db)
-        return dz
+
+        if self.dweight is not None:
+            self.arena.aside(weights)
+        return aten.native_layer_norm_backward(dy, z, *rest, [True, False, False])[0]
 
 
 def dropped_add(x: Tensor, y: Tensor, keep: Tensor | None, p: float) -> Tensor:
-    """x + dropout(y), x fp32; `y` may be overwritten."""
-    return x + y if keep is None else torch.add(x, y.mul_(keep), alpha=1 / (1 - p))
+    """x + dropout(y), x fp32."""
+    return x + y if keep is None else torch.addcmul(x, y, keep, value=1 / (1 - p))
 
 
 @dataclass
@@ -59,14 +61,16 @@ class Shape:
     b: int  # B
     length: int  # L
     lengths: Tensor  # [B] int64
+    dtype: torch.dtype = torch.float32
 
     @cached_property
     def hidden_keys(self) -> Tensor | None:
-        """[B, 1, 1, L]: -inf at padding; None where nothing is padded."""
+        """[B, 1, 1, L]: -inf at padding; on the CPU None where nothing is padded: a GPU is not asked, that would wait."""
         hidden = torch.arange(self.length, device=self.lengths.device) >= self.lengths[:, None]  # [B, L]
-        if not hidden.any():
+        if hidden.device.type == "cpu" and not hidden.any():
             return None
-        keys = torch.zeros(self.b, 1, 1, self.length, device=self.lengths.device)
+        whole = -(-self.length // 8) * 8  # where rows begin: as the kernels for GPUs want it
+        keys = torch.zeros(self.b, 1, 1, whole, dtype=self.dtype, device=hidden.device)[..., : self.length]
         return keys.masked_fill_(hidden[:, None, None], -math.inf)
 
 
@@ -90,12 +94,13 @@ class Attention:
         x = x.view(shape.b, t, g, self.heads, -1).permute(2, 0, 3, 1, 4)
         return x.to(dtype, memory_format=torch.contiguous_format).reshape(g, shape.b * self.heads, t, -1)
 
-    def merge(self, x: Tensor, shape: Shape, out: Tensor) -> Tensor:
-        """[g, B * H, T, d] -> `out` [B * T, g * D], one copy with the cast."""
-        g, _, t, d = x.shape
-        parts = x.view(g, shape.b, self.heads, t, d).permute(1, 3, 0, 2, 4)  # [B, T, g, H, d]
-        out.unflatten(0, (shape.b, t)).unflatten(2, (g, self.heads, d)).copy_(parts)
-        return out
+    def merge(self, x: Tensor, shape: Shape) -> Tensor:
+        """[B * H, T, d] or [B, H, T, d] -> [B * T, D], without a copy where it lies so."""
+        return x.view(shape.b, self.heads, *x.shape[-2:]).transpose(1, 2).reshape(-1, self.width)
+
+    def join(self, heads: Sequence[Tensor], shape: Shape) -> Tensor:
+        """g of those -> [B * T, g * D]."""
+        return torch.cat([self.merge(x, shape) for x in heads], 1)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, shape: Shape, draw: Draw) -> tuple[Tensor, tuple]:
         """q: [B H, Lq, d]; k, v: [B H, L, d] (q and v are scaled in place) -> context [B H, Lq, d]."""
@@ -111,16 +116,51 @@ class Attention:
             used = probs * keep
         return torch.bmm(used, v), (q, k, v, probs, keep, used)
 
-    def backward(self, dctx: Tensor, saved: tuple, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
-        """dctx: [B H, Lq, d]; writes dq [B H, Lq, d], dk and dv [B H, L, d]."""
+    def backward(self, dctx: Tensor, saved: tuple) -> tuple[Tensor, Tensor, Tensor]:
+        """dctx: [B H, Lq, d] -> dq [B H, Lq, d], dk and dv [B H, L, d]."""
         q, k, v, probs, keep, used = saved
-        torch.bmm(used.transpose(1, 2), dctx, out=dv)
+        dv = torch.bmm(used.transpose(1, 2), dctx)
         dprobs = torch.bmm(dctx, v.transpose(1, 2))
         if keep is not None:
             dprobs.mul_(keep), dv.mul_(1 / (1 - self.p))
         dscores = aten._softmax_backward_data(dprobs, probs, -1, probs.dtype)
-        torch.bmm(dscores, k, out=dq).mul_(q.shape[-1] ** -0.5)
-        torch.bmm(dscores.transpose(1, 2), q, out=dk)
+        return torch.bmm(dscores, k).mul_(q.shape[-1] ** -0.5), torch.bmm(dscores.transpose(1, 2), q), dv
+
+
+class DeviceAttention(Attention):
+    """The same by PyTorch's memory-efficient kernels for GPUs: one launch forward and three backward instead of eleven
+    each, dropout included, and no copies of the heads."""
+
+    def split(self, x: Tensor, shape: Shape) -> Tensor:
+        """[B * T, g * D] -> [g, B, H, T, d], a view."""
+        g = x.shape[1] // self.width
+        return x.view(shape.b, -1, g, self.heads, self.width // self.heads).permute(2, 0, 3, 1, 4)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, shape: Shape, draw: Draw) -> tuple[Tensor, tuple]:
+        """q: [B, H, Lq, d]; k, v: [B, H, L, d] -> context [B, H, Lq, d]."""
+        keys = shape.hidden_keys.expand(-1, self.heads, q.shape[2], -1)
+        p = self.p if draw.training else 0.0
+        ctx, *rest = aten._scaled_dot_product_efficient_attention(q, k, v, keys, True, p)
+        return ctx, (q, k, v, keys, ctx, *rest, p)
+
+    def backward(self, dctx: Tensor, saved: tuple) -> list[Tensor]:
+        """As in the base class; dq, dk and dv lie as q, k and v do in one product's output, where they are as long.
+
+        The keys are not split among blocks, whose sums would come in any order.
+        """
+        q, k, v, keys, ctx, logsumexp, seed, offset, p = saved
+        q, k, v, ctx, dctx = (x.transpose(1, 2) for x in (q, k, v, ctx, dctx))
+        found = aten._efficient_attention_backward(
+            dctx, q, k, v, keys, ctx, None, None, q.shape[1], k.shape[1], logsumexp, p, seed, offset, 0, False,
+            num_splits_key=1, shared_storage_dqdkdv=q.shape == k.shape,
+        )  # fmt: skip
+        return [x.transpose(1, 2) for x in found[:3]]
+
+    def join(self, heads: Sequence[Tensor], shape: Shape) -> Tensor:
+        first, rows, width = heads[0], shape.b * heads[0].shape[2], len(heads) * self.width
+        if len(heads) == 3 and first.stride(2) == width and heads[2].storage_offset() == 2 * self.width:
+            return first.as_strided((rows, width), (width, 1))
+        return super().join(heads, shape)
 
 
 class Layer:
@@ -129,11 +169,12 @@ class Layer:
 
     lora: Callable[..., LoraLinear] = LoraLinear
     keys_values: Callable[..., Linear] = Linear  # of the last layer
+    attention: type[Attention] = Attention
 
     def __init__(self, arena: Arena, block: nn.Module, config, last: bool):
         att = block.attention
         self.last, self.dtype, self.p = last, arena.compute.dtype, config.dropout
-        self.core = Attention(config.n_heads, config.dim, config.attention_dropout)
+        self.core = self.attention(config.n_heads, config.dim, config.attention_dropout)
         make = partial(make_linear, arena, lora=self.lora)
         if last:
             self.q, self.kv = make([att.q_lin]), make([att.k_lin, att.v_lin], plain=self.keys_values)
@@ -160,9 +201,7 @@ class Layer:
         x = stream[0]
         heads, saved_in = self.project(x, shape, draw)
         ctx, saved_core = self.core.forward(*heads, shape, draw)
-        full, merged = self.out.buffer(shape.b * ctx.shape[1])
-        self.core.merge(ctx[None], shape, merged)
-        o, saved_out = self.out.forward(full, draw)
+        o, saved_out = apply(self.out, self.core.merge(ctx, shape), draw)
         if self.last:
             x = x.view(shape.b, shape.length, -1)[:, 0]
         h, saved1 = self.norm1.forward(x + o)
@@ -183,28 +222,29 @@ class Layer:
         dctx = self.core.split(self.out.backward(dz.to(self.dtype), saved_out), shape)[0]
         return self.project_backward(dz, dctx, saved_core, saved_in, shape, need_dx)
 
-    def merged(self, x: Tensor, shape: Shape) -> Tensor:
-        g, _, t, _ = x.shape
-        out = torch.empty(shape.b * t, g * self.core.width, dtype=self.dtype, device=x.device)
-        return self.core.merge(x, shape, out)
+    def merged(self, heads: Sequence[Tensor], shape: Shape) -> Tensor:
+        return self.core.join(heads, shape).to(self.dtype)
 
     def project_backward(self, dz: Tensor, dctx: Tensor, saved_core: tuple, saved_in: list, shape: Shape,
                          need_dx: bool) -> Stream | None:  # fmt: skip
-        k = saved_core[1]
+        dq, *dkv = self.core.backward(dctx, saved_core)
         if not self.last:
-            grads = torch.empty(3, *k.shape, dtype=k.dtype, device=k.device)
-            self.core.backward(dctx, saved_core, *grads)
-            dx = self.qkv.backward(self.merged(grads, shape), saved_in[0], need_dx)
+            dx = self.qkv.backward(self.merged([dq, *dkv], shape), saved_in[0], need_dx)
             return (dz, dx) if need_dx else None
-        dq, dkv = torch.empty_like(dctx), torch.empty(2, *k.shape, dtype=k.dtype, device=k.device)
-        self.core.backward(dctx, saved_core, dq, *dkv)
-        dcls = self.q.backward(self.merged(dq[None], shape), saved_in[0], need_dx)
+        dcls = self.q.backward(self.merged([dq], shape), saved_in[0], need_dx)
         dx = self.kv.backward(self.merged(dkv, shape), saved_in[1], need_dx)
         if not need_dx:
             return None
         dx = dx.float()
         dx.view(shape.b, shape.length, -1)[:, 0] += dz + dcls
         return dx, None
+
+
+class DeviceLayer(Layer):
+    """As `Layer`, of fewer and larger kernels, where one process has a GPU for itself. With several processes the
+    masks of dropout are parts of whole batches' masks (see Draw), which these kernels do not take."""
+
+    lora, attention = staticmethod(device_lora), DeviceAttention
 
 
 class Embedding:
@@ -215,6 +255,7 @@ class Embedding:
         self.p, self.table, self.pad = p, words.weight, words.padding_idx
         self.position = module.position_embeddings.weight
         self.dposition = arena.grad_view([self.position])
+        self.dtable = arena.grad_view([words.weight]) if arena.holds(words.weight) else None
         self.norm = Norm(arena, module.LayerNorm)
         self.trained = any(w.requires_grad for w in module.parameters())
 
@@ -226,7 +267,8 @@ class Embedding:
         return y if keep is None else y.mul_(keep).mul_(1 / (1 - self.p)), (ids, keep, saved)
 
     def backward(self, dy: Tensor, saved: tuple) -> tuple[Tensor, Tensor] | None:
-        """Position and norm gradients go to the arena; returns the table's: unique ids [U], gradient [U, D]."""
+        """Position and norm gradients go to the arena, the table's too if it is there; else that is returned: unique
+        ids [U], gradient [U, D]."""
         ids, keep, saved_norm = saved
         if keep is not None:
             dy = (dy * keep).mul_(1 / (1 - self.p))
@@ -235,6 +277,10 @@ class Embedding:
             self.dposition.zero_()
             torch.sum(dz.view(*ids.shape, -1), 0, out=self.dposition[: ids.shape[1]])
         if not self.table.requires_grad:
+            return None
+        if self.dtable is not None:
+            pad = -1 if self.pad is None else self.pad
+            put(self.dtable, aten.embedding_dense_backward(dz.view(*ids.shape, -1), ids, len(self.table), pad, False))
             return None
         rows, index = torch.unique(ids, return_inverse=True)
         grad = dz.new_zeros(len(rows), dz.shape[1]).index_add_(0, index.view(-1), dz)
@@ -252,7 +298,7 @@ class Head:
         (self.dw1, self.db1), (self.dw2, self.db2) = (
             (arena.grad_view([weight]), arena.grad_view([bias])) for weight, bias in params
         )
-        self.p = p
+        self.arena, self.p = arena, p
 
     def forward(self, cls: Tensor, draw: Draw) -> tuple[Tensor, tuple]:
         """[B, D] -> logits [B, C]."""
@@ -263,9 +309,13 @@ class Head:
 
     def backward(self, dy: Tensor, saved: tuple) -> Tensor:
         cls, h, keep, used = saved
-        put(self.dw2, dy.t() @ used), put(self.db2, dy.sum(0))
         dh = (dy @ self.w2).mul_(h > 0)
         if keep is not None:
             dh.mul_(keep).mul_(1 / (1 - self.p))
-        put(self.dw1, dh.t() @ cls), put(self.db1, dh.sum(0))
+
+        def weights() -> None:
+            put(self.dw2, dy.t() @ used), put(self.db2, dy.sum(0))
+            put(self.dw1, dh.t() @ cls), put(self.db1, dh.sum(0))
+
+        self.arena.aside(weights)
         return dh @ self.w1

@@ -5,6 +5,7 @@ Shapes: N tokens, D width, r rank.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 from dropout import Draw
 from tape import empty
 from tiles import TiledMatrix, gradient, matrix
+
+
+aten = torch.ops.aten
 
 
 def put(target: Tensor | None, value: Tensor) -> None:
@@ -41,16 +45,22 @@ class Arena:
         self.matrices = [p for p in matrices if p.requires_grad]
         self.decayed = self.matrices + [p for p in others if p.requires_grad and p.ndim >= 2]
         self.plain = [p for p in others if p.requires_grad and p.ndim < 2]
-        self.params = self.decayed + self.plain + [p for p in params if not p.requires_grad]
-        self.flat = torch.cat([p.detach().reshape(-1) for p in self.params])
+        frozen = [p for p in params if not p.requires_grad]
+        self.params = self.decayed + self.plain + frozen
         self.decayed_size = sum(p.numel() for p in self.decayed)
         self.trained = self.decayed_size + sum(p.numel() for p in self.plain)
+        gap = -self.trained % 64  # a GPU's products want matrices that begin at whole vectors
+        flat = [p.detach().reshape(-1) for p in self.params]
+        flat.insert(len(self.decayed + self.plain), flat[0].new_zeros(gap))
+        self.flat = torch.cat(flat)
         self.grad = torch.zeros_like(self.flat[: self.trained])
         self.compute = self.flat if dtype == torch.float32 else self.flat.to(dtype)
         wide = self.grad[: sum(p.numel() for p in self.matrices)]
         self.half = wide if dtype == torch.float32 else torch.zeros_like(wide, dtype=dtype)
         self.offsets, start = {}, 0
         for p in self.params:
+            if frozen and p is frozen[0]:
+                start += gap
             self.offsets[id(p)] = start
             p.data = self.view(self.flat, [p])
             start += p.numel()
@@ -59,6 +69,7 @@ class Arena:
         self.packed: dict[int, TiledMatrix] = {}  # trained ones by their place in `flat`; who changes them packs them
         self.listeners: list = []  # called after a step changed `compute`
         self.reloads: list = []  # called after anything may have changed it
+        self.aside: Callable[[Callable[[], None]], None] = lambda run: run()  # for what no gradient waits for
         self.versions = self._versions()
         self.reset_grad()
 
@@ -68,6 +79,9 @@ class Arena:
         if [self.offsets[id(p)] for p in params] != [start + i * size for i in range(len(params))]:
             raise ValueError("these parameters are not neighbours")
         return buffer[start : start + size * len(params)].view(-1, *params[0].shape[1:])
+
+    def holds(self, p: nn.Parameter) -> bool:
+        return id(p) in self.offsets
 
     def grad_view(self, params: list[nn.Parameter]) -> Tensor | None:
         return self.view(self.grad, params) if params[0].requires_grad else None
@@ -187,10 +201,14 @@ class Linear:
 
     def backward(self, dy: Tensor, saved: tuple, need_dx: bool = True, need_bias: bool = True) -> Tensor | None:
         if self.dweight is not None:
-            gradient(dy, saved[0], self.dweight, self.arena.square(self.dweight.storage_offset()))
-            if need_bias:
-                put(self.dbias, dy.sum(0))
+            self.arena.aside(partial(self.put_gradients, dy, saved[0], need_bias))
         return self.matrix.backward(dy) if need_dx else None  # [N, in]
+
+
+    def put_gradients(self, dy: Tensor, x: Tensor, bias: bool) -> None:
+        gradient(dy, x, self.dweight, self.arena.square(self.dweight.storage_offset()))
+        if bias:
+            torch.sum(dy, 0, dtype=self.dbias.dtype, out=self.dbias)
 
 
 class LoraLinear(Linear):
@@ -202,6 +220,19 @@ class LoraLinear(Linear):
 
     def __init__(self, arena: Arena, modules: list[nn.Module]):
         super().__init__(arena, modules)
+        self.read_adapters(modules)
+        rank, (out, width) = len(self.parts) * self.r, self.weight.shape
+        self.block = self.weight.new_zeros(out, rank)  # scaling * B of each part, block by block
+        self.width, padding = width, -rank % 32  # whole tiles
+        self.joint = width <= out  # else the copy into the longer input costs more than a second product
+        self.wide = self.weight.new_zeros(out, width + rank + padding)
+        self.matrix = matrix(self.wide)
+        arena.reloads.append(self.reload)
+        arena.listeners.append(self.refresh)
+        self.reload()
+
+    def read_adapters(self, modules: list[nn.Module]) -> None:
+        arena = self.arena
         name = next(m for m in modules if hasattr(m, "lora_A")).active_adapters[0]
         self.parts = [i for i, m in enumerate(modules) if hasattr(m, "lora_A")]
         adapted = [modules[i] for i in self.parts]
@@ -213,15 +244,6 @@ class LoraLinear(Linear):
         self.ddown, self.dup = arena.matrix_grad(down), [arena.matrix_grad([p]) for p in up]
         self.dups = arena.matrix_grad(up)  # [G out / n, r], the same as one
         self.up = [arena.view(arena.compute, [p]) for p in up]  # G x [out / n, r]
-        rank, (out, width) = len(adapted) * self.r, self.weight.shape
-        self.block = self.weight.new_zeros(out, rank)  # scaling * B of each part, block by block
-        self.width, padding = width, -rank % 32  # whole tiles
-        self.joint = width <= out  # else the copy into the longer input costs more than a second product
-        self.wide = self.weight.new_zeros(out, width + rank + padding)
-        self.matrix = matrix(self.wide)
-        arena.reloads.append(self.reload)
-        arena.listeners.append(self.refresh)
-        self.reload()
 
     def prepare(self) -> None:
         """Nothing: the matrix is made of `wide`."""
@@ -284,6 +306,57 @@ class LoraLinear(Linear):
         for other in dxd[1:]:
             dx.add_(other)
         return dx.addmm_(dy, self.weight)
+
+
+class DeviceLoraLinear(LoraLinear):
+    """As `LoraLinear`, all modules adapted alike, for a GPU, where a launch costs more than what a small product
+    computes: no longer input, no copy of the weights that has to follow them, and the adapters' products as one."""
+
+    joint = False
+
+    def __init__(self, arena: Arena, modules: list[nn.Module]):
+        Linear.__init__(self, arena, modules)
+        self.read_adapters(modules)
+        self.alpha = self.scaling[0]
+        self.ups = arena.view(arena.compute, [m.lora_B[m.active_adapters[0]].weight for m in modules]).view(
+            len(modules), -1, self.r
+        )  # [G, out / G, r]
+
+    def forward(self, x: Tensor, draw: Draw, bias: bool = True) -> tuple[Tensor, tuple]:
+        y = torch.addmm(self.bias, x, self.weight.t()) if bias else x @ self.weight.t()
+        keep, xd = None, x.expand(len(self.parts), *x.shape)  # [G, N, in]
+        if draw.training and self.p > 0:
+            xd, keep = torch.native_dropout(xd, self.p, True)
+        h = torch.bmm(xd, self.down.transpose(1, 2))  # [G, N, r]
+        self.by_part(y).baddbmm_(h, self.ups.transpose(1, 2), alpha=self.alpha)
+        return y, (h, xd, keep)
+
+    def by_part(self, y: Tensor) -> Tensor:
+        """[N, out] -> [G, N, out / G]."""
+        return y.view(len(y), len(self.parts), -1).transpose(0, 1)
+
+    def backward(self, dy: Tensor, saved: tuple, need_dx: bool = True, need_bias: bool = True) -> Tensor | None:
+        (h, xd, keep), parts = saved, self.by_part(dy)
+        dh = torch.baddbmm(h, parts, self.ups, beta=0, alpha=self.alpha)  # [G, N, r]
+
+        def weights() -> None:
+            dups = self.dups.view_as(self.ups)
+            torch.baddbmm(dups, parts.transpose(1, 2), h, beta=0, alpha=self.alpha, out=dups)
+            torch.bmm(dh.transpose(1, 2), xd, out=self.ddown.view_as(self.down))
+
+        self.arena.aside(weights)
+        if not need_dx:
+            return None
+        dxd = torch.bmm(dh, self.down)  # [G, N, in]
+        if keep is not None:
+            dxd = aten.native_dropout_backward(dxd, keep, 1 / (1 - self.p))
+        return (dxd[0] if len(dxd) == 1 else dxd.sum(0)).addmm_(dy, self.weight)
+
+
+def device_lora(arena: Arena, modules: list[nn.Module]) -> LoraLinear:
+    adapted = [m for m in modules if hasattr(m, "lora_A")]
+    alike = len({m.scaling[m.active_adapters[0]] for m in adapted}) == 1
+    return (DeviceLoraLinear if alike and len(adapted) == len(modules) else LoraLinear)(arena, modules)
 
 
 def apply(linear: Linear, x: Tensor, draw: Draw) -> tuple[Tensor, tuple]:

@@ -4,6 +4,7 @@ Numerically `torch.optim.AdamW` (decoupled decay, bias corrections, no decay for
 `clip_grad_norm_`; the tests hold it to that at fp32 rounding level.
 """
 
+import importlib.util
 import math
 from contextlib import nullcontext
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import kernels
+from graphs import Graph
 from tape import Tape
 from tiles import TiledMatrix
 
@@ -184,7 +186,7 @@ class FastAdamW(torch.optim.Optimizer):
                  max_grad_norm: float | None = 1.0):  # fmt: skip
         self.fast, self.arena, self.max_grad_norm = fast, fast.arena, max_grad_norm
         decayed, plain = self.arena.decayed, self.arena.plain
-        table = [fast.table] if fast.table.requires_grad else []
+        table = [fast.table] if fast.table.requires_grad and not fast.dense else []
         groups = [{"params": decayed + table, "weight_decay": weight_decay},
                   {"params": plain, "weight_decay": 0.0}]  # fmt: skip
         super().__init__([g for g in groups if g["params"]], {"lr": lr, "betas": tuple(betas), "eps": eps})
@@ -290,3 +292,72 @@ class FastAdamW(torch.optim.Optimizer):
             group.update(saved)
         if self.lazy:
             self.lazy.load_state_dict(state["lazy"])
+
+
+class GraphedAdamW(FastAdamW):
+    """`FastAdamW` for a GPU: one launch, captured as a CUDA graph. What changes from step to step (the rates, how many
+    steps there were, whether the gradient is finite) is read from the GPU's memory, where it stays.
+
+    With Triton each number is read and written once (gpu.py), else by PyTorch's fused AdamW.
+    """
+
+    def __init__(self, fast, **settings):
+        super().__init__(fast, **settings)
+        self.norm, self.count, *self.rates = torch.zeros(2 + len(self.param_groups), device=self.arena.flat.device)
+        self.kernel = None
+        if self.norm.device.type == "cuda" and importlib.util.find_spec("triton"):
+            from gpu import OnePassAdamW  # here, since Triton takes a while to import and is not everywhere
+
+            self.kernel = OnePassAdamW(self.param_groups[0]["betas"], self.norm.device)
+        self.graphs: dict[bool, Graph] = {}  # by whether all of the gradient is in fp32
+
+    @torch.no_grad()
+    def step(self, closure=None) -> Tensor:
+        """On the device: whoever looks at it waits."""
+        if not self.kernel:
+            self.arena.widen()
+        for rate, group in zip(self.rates, self.param_groups):
+            rate.fill_(group["lr"])
+        if graph := self.graphs.get(self.arena.widened):
+            graph.replay()
+        else:
+            self._update()
+            self.graphs[self.arena.widened] = Graph(self._update, self.fast.pool)
+        self.arena.settle()
+        return self.norm
+
+    def _update(self) -> None:
+        arena, parts = self.arena, self.arena.parts()
+        norms = [torch.linalg.vector_norm(part, dtype=torch.float32) for _, part in parts]
+        self.norm.copy_(torch.linalg.vector_norm(torch.stack(norms)))
+        finite, scale = self.norm.isfinite().float(), None
+        if self.max_grad_norm is not None:
+            scale = ((self.norm + 1e-6) / self.max_grad_norm).clamp(min=1.0)
+        self.count += finite
+        for at, part in parts:
+            number = 0 if at.stop <= arena.decayed_size else -1
+            group, rate = self.param_groups[number], self.rates[number]
+            state = (arena.flat[at], part, self.m[at], self.v[at])
+            if self.kernel:
+                copy = None if arena.compute is arena.flat else arena.compute[at]
+                self.kernel.update(*state, copy, self.count, rate, group["weight_decay"], group["eps"], scale, finite)
+                continue
+            beta1, beta2 = group["betas"]
+            torch._fused_adamw_(
+                *([x] for x in state), [], [self.count], lr=rate, beta1=beta1, beta2=beta2, eps=group["eps"],
+                weight_decay=group["weight_decay"], amsgrad=False, maximize=False, grad_scale=scale,
+                found_inf=1 - finite,
+            )  # fmt: skip
+        arena.sync(copied=self.kernel is not None)
+
+    def state_dict(self) -> dict:
+        return {**super().state_dict(), "steps": int(self.count)}
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self.count.fill_(self.steps)
+
+
+def adamw_for(fast, **settings) -> FastAdamW:
+    """The optimiser of a `FastClassifier`."""
+    return (GraphedAdamW if fast.graphed else FastAdamW)(fast, **settings)

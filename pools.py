@@ -1,5 +1,6 @@
 """Where the processes of a sweep run: on this machine, or on those of a Ray cluster. Both give futures."""
 
+import math
 import os
 import signal
 import subprocess
@@ -68,7 +69,8 @@ class LocalPool:
     def __init__(self, workers: int, lock: int) -> None:
         self.at_once, self.lock_file, self.stopped = workers, lock, 0
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.env = {"OMP_NUM_THREADS": str(max(1, cores // workers))} if workers > 1 else {}
+        share = {"OMP_NUM_THREADS": str(max(1, cores // workers)), "RUNS_AT_ONCE": str(workers)}
+        self.env = share if workers > 1 else {}
         self.threads, self.guard = ThreadPoolExecutor(workers), threading.RLock()
         self.children: list[subprocess.Popen] = []
 
@@ -122,7 +124,7 @@ class RayPool:
         self.at_once, self.ray, self.refs = workers * len(machines), ray, []
         # No retries: a failed run is listed, and tried again by the next call.
         self.remote = ray.remote(num_cpus=cpus, num_gpus=min(1.0, gpus), max_retries=0)(run_command)
-        self.env = {"OMP_NUM_THREADS": str(cpus)}
+        self.env = {"OMP_NUM_THREADS": str(cpus), "RUNS_AT_ONCE": str(math.ceil(1 / gpus) if gpus else 1)}
 
     def submit(self, command: list[str], log: Path) -> Future:
         """See Pool."""

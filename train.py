@@ -4,7 +4,7 @@ import gc
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -260,27 +260,31 @@ def train(
     with tqdm(total=epochs * steps, initial=progress.global_step, unit="step", disable=quiet) as bar:
         for epoch in range(progress.global_step // steps, epochs):
             engine.train_mode()
-            for micro_batches in islice(loader(epoch), progress.global_step % steps, None):
+            rows = islice(loader(epoch), progress.global_step % steps, None)
+            upcoming = load(splits["train"], next(rows, None), accelerator)
+            while upcoming is not None:
                 started = time.perf_counter()
+                micro_batches, parts = upcoming
                 examples, step_loss = sum(map(len, micro_batches)), torch.zeros_like(progress.window_loss)
-                for indices in micro_batches:
-                    batch, weight = own_part(splits["train"], indices, accelerator)
+                for batch, weight in parts:
                     logits = engine.forward(batch)  # [B, classes]
                     loss_sum = weight * F.cross_entropy(logits, batch.labels, class_weights, reduction="sum")
                     (loss_sum / examples).backward()
                     step_loss += loss_sum.detach()
                 learning_rate = schedule.get_last_lr()[0]
-                finite = engine.step()
+                engine.step()
                 schedule.step()
+                upcoming = load(splits["train"], next(rows, None), accelerator)
+                finite = engine.stepped()
                 progress.count(step_loss, examples, time.perf_counter() - started, finite)
                 bar.update()
                 if not finite:
                     progress.skipped_steps += 1
                     if on_nan == "stop":
-                        rows = np.concatenate(micro_batches).tolist()
+                        bad = np.concatenate(micro_batches).tolist()
                         raise UserError(
                             f"the loss or its gradient is not finite at step {progress.global_step} (learning rate "
-                            f"{learning_rate:g}, training rows {rows}); lower --lr, or give --on_nan skip"
+                            f"{learning_rate:g}, training rows {bad}); lower --lr, or give --on_nan skip"
                         )
                 at_end = progress.global_step % steps == 0
                 if progress.global_step % LOG_EVERY == 0 or at_end:
@@ -300,6 +304,17 @@ def balanced_weights(job: runs.Job) -> torch.Tensor:
     present = np.count_nonzero(counts)
     weights = counts.sum() / (present * np.maximum(counts, 1))
     return torch.tensor(weights, dtype=torch.float32, device=job.accelerator.device)
+
+
+def load(
+    split: TokenSplit, micro_batches: list[np.ndarray] | None, accelerator: Accelerator
+) -> tuple[list[np.ndarray], Iterable[tuple[Batch, float]]] | None:
+    """This process's parts of a step's batches: on a GPU at once, while it works on the step before; on the CPU each
+    when it is asked for, since it may lie where the one before did."""
+    if micro_batches is None:
+        return None
+    parts = (own_part(split, indices, accelerator) for indices in micro_batches)
+    return micro_batches, parts if accelerator.device.type == "cpu" else list(parts)
 
 
 def own_part(split: TokenSplit, indices: np.ndarray, accelerator: Accelerator) -> tuple[Batch, float]:

@@ -91,12 +91,18 @@ def no_curves(monkeypatch):
     monkeypatch.setattr(plots, "draw_curves", lambda *_: None)
 
 
-@pytest.fixture(params=["compiled", "torch"])
+@pytest.fixture(params=["compiled", "torch", "graphs"])
 def both_arithmetics(request, monkeypatch):
-    """What asks for this holds for the compiled kernels and for PyTorch's operations in their place."""
+    """What asks for this holds for the compiled kernels, for PyTorch's operations in their place, and for the way of a
+    GPU, but for the captures and the attention, which no CPU has."""
+    import fast
     import kernels
+    from layers import Attention, DeviceLayer
 
-    if request.param == "torch":
+    if request.param == "graphs":
+        monkeypatch.setattr(fast.FastClassifier, "GRAPHED", ("cpu",))
+        monkeypatch.setattr(DeviceLayer, "attention", Attention)
+    elif request.param == "torch":
         monkeypatch.setattr(kernels, "library", lambda: None)
     elif shutil.which("g++") is None:
         pytest.skip("no compiler")

@@ -16,7 +16,7 @@ from transformers import (
 
 from dropout import Draw
 from fast import FastClassifier, supports
-from optim import FastAdamW
+from optim import FastAdamW, adamw_for
 
 pytestmark = pytest.mark.usefixtures("both_arithmetics")
 
@@ -167,7 +167,7 @@ def test_masks_have_the_right_rate_and_do_not_depend_on_the_number_of_processes(
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_two_shards_give_one_processes_gradient(kind: str):
     model = MODELS[kind](0.2)
-    fast, (ids, lengths, labels) = FastClassifier(model, "fp32"), batch()
+    fast, (ids, lengths, labels) = FastClassifier(model, "fp32", shared=True), batch()
 
     def run(part: slice) -> dict[str, Tensor]:
         torch.manual_seed(5)
@@ -191,7 +191,7 @@ def test_bf16_losses_follow_autocast(kind: str):
         model = MODELS[kind]()
         other = copy.deepcopy(model)
         fast = FastClassifier(model, "bf16")
-        mine, theirs = FastAdamW(fast, lr=1e-3), torch.optim.AdamW(other.parameters(), lr=1e-3, weight_decay=0.01)
+        mine, theirs = adamw_for(fast, lr=1e-3), torch.optim.AdamW(other.parameters(), lr=1e-3, weight_decay=0.01)
         differences = []
         for step in range(20):
             ids, lengths, labels = batch(100 * stream + step)
@@ -214,7 +214,7 @@ def test_cached_prefix_gives_the_same_training(k: int):
         layers = list(range(3 - k, 3))
         model = adapted(tiny(0.2, layers=3), 0.2, layers_to_transform=layers, layers_pattern="layer")
         fast = FastClassifier(model, "bf16", frozen_prefix=3 - k)
-        optimizer = FastAdamW(fast, lr=1e-3)
+        optimizer = adamw_for(fast, lr=1e-3)
         torch.manual_seed(0)
         losses = []
         cache = [fast.prefix(*batch(i)[:2]) for i in range(3)] if cached else None
@@ -236,7 +236,7 @@ def test_cached_prefix_gives_the_same_training(k: int):
 def test_saving_and_loading_see_an_ordinary_model(tmp_path):
     model = tiny(0.1)
     fast = FastClassifier(model, "bf16")
-    optimizer = FastAdamW(fast, lr=1e-2)
+    optimizer = adamw_for(fast, lr=1e-2)
     train_steps(fast, optimizer, range(4))
     optimizer.flush()
     model.save_pretrained(tmp_path)
@@ -258,7 +258,7 @@ def test_lora_adapter_round_trip(tmp_path):
 
     model = adapted(tiny(), 0.1)
     fast = FastClassifier(model, "fp32")
-    train_steps(fast, FastAdamW(fast, lr=1e-2), range(4))
+    train_steps(fast, adamw_for(fast, lr=1e-2), range(4))
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny(), tmp_path).eval()
     model.eval()

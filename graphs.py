@@ -1,0 +1,167 @@
+"""A step on a GPU as three launches: forward, backward and update, each captured once as a CUDA graph.
+
+Launching some 500 kernels of 2 us one by one from Python takes several times as long as they run. Whatever a graph
+reads or writes lies where it did when it was captured: the weights anyway, and the batch, which is copied there.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dropout import Draw
+from layers import Shape
+from linear import Arena
+
+
+class Pool:
+    """The memory of all graphs of one model, of which one runs at a time, and the stream they are captured on."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.captures = device.type == "cuda"
+        if not self.captures:
+            return
+        self.handle = torch.cuda.graph_pool_handle()
+        self.stream, self.side = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        for stream in (self.stream, self.side):  # cuBLAS takes memory for each stream: now, not in a capture
+            with torch.cuda.stream(stream):
+                for dtype in (torch.float32, torch.bfloat16):
+                    some = torch.ones(64, 64, dtype=dtype, device=device)
+                    torch.addmm(some[0], some, some), torch.bmm(some[None], some[None])
+        torch.cuda.synchronize()
+
+    @contextmanager
+    def beside(self, arena: Arena) -> Iterator[None]:
+        """What `arena` puts aside runs beside the rest, and is done in the end. Small kernels leave most of a GPU free:
+        the gradients of weights take no time but that of the gradients they follow from."""
+        if not self.captures:
+            yield
+            return
+        main, runs = torch.cuda.current_stream(), []
+
+        def aside(run: Callable[[], None]) -> None:
+            self.side.wait_stream(main)
+            with torch.cuda.stream(self.side):
+                run()
+            runs.append(run)  # with the tensors it reads: their memory must not be given away before it has run
+
+        before, arena.aside = arena.aside, aside
+        try:
+            yield
+        finally:
+            arena.aside = before
+            main.wait_stream(self.side)
+            runs.clear()
+
+
+class Graph:
+    """`run` captured; on the CPU, where there is nothing to capture, `run` itself."""
+
+    def __init__(self, run: Callable[[], None], pool: Pool) -> None:
+        if not pool.captures:
+            self.replay = run
+            return
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(pool.stream):
+            graph.capture_begin(pool=pool.handle, capture_error_mode="thread_local")
+            try:
+                run()
+            finally:
+                graph.capture_end()
+        self.replay = graph.replay
+
+
+class Pass:
+    """Forward and backward for batches of one shape, kernel by kernel with the first, which makes ready what a capture
+    needs, then as graphs. Both compute the same to the bit, dropout included: a resumed run begins with a first."""
+
+    def __init__(self, fast, source: Tensor, length: int, draw: Draw, save: bool) -> None:
+        """source: token ids [B, L] or hidden states [B, L, D], up to `length` long; fast: the FastClassifier."""
+        b, device = len(source), source.device
+        self.fast, self.draw, self.save, self.calls = fast, draw, save, 0
+        with torch.inference_mode(False):  # else only a pass in inference mode could write to it
+            self.source = torch.zeros(b, length, *source.shape[2:], dtype=source.dtype, device=device)
+            self.shape = Shape(b, length, torch.zeros(b, dtype=torch.int64, device=device), fast.dtype)
+            self.logits = torch.zeros(b, fast.head.b2.shape[0], device=device)
+            self.dy = torch.zeros_like(self.logits)
+
+    def forward(self, source: Tensor, lengths: Tensor) -> Tensor:
+        """-> logits [B, C]. What is behind `source` in its place is of an earlier batch: nobody looks at it."""
+        self.source[:, : source.shape[1]].copy_(source)
+        self.shape.lengths.copy_(lengths)
+        self.calls += 1
+        if self.calls == 1:
+            self._forward()
+        else:
+            if self.calls == 2:
+                self.forwards = Graph(self._forward, self.fast.pool)
+                self.backwards = Graph(self._backward, self.fast.pool) if self.save else None
+            self.forwards.replay()
+        return self.logits.clone()
+
+    def backward(self, dy: Tensor) -> None:
+        self.dy.copy_(dy)
+        self._backward() if self.calls == 1 else self.backwards.replay()
+
+    def _forward(self) -> None:
+        shape = replace(self.shape)  # what it derives is of this batch
+        logits, kept = self.fast.compute(self.source, shape, self.source.ndim == 2, self.draw, self.save)
+        self.kept = kept if self.save else None
+        self.logits.copy_(logits)
+
+    def _backward(self) -> None:
+        kept, self.kept = self.kept, None
+        with self.fast.pool.beside(self.fast.arena):
+            self.fast.gradients(self.dy, kept)
+
+
+class Passes:
+    """The passes of a `FastClassifier` on a GPU. Batches are filled up to whole multiples of `STEP` tokens, so that
+    few shapes do for all."""
+
+    STEP, MOST = 8, 256  # MOST are kept, other shapes are computed kernel by kernel
+
+    def __init__(self, fast, longest: int) -> None:
+        self.fast, self.longest = fast, longest
+        self.found: dict[tuple, Pass] = {}
+        self.pending: Callable[[], object | None] = lambda: None  # whose memory is in use
+
+    def logits(self, source: Tensor, lengths: Tensor, draw: Draw) -> Tensor:
+        """As `FastClassifier` gives them, differentiable."""
+        save = torch.is_grad_enabled()
+        length = min(-(-source.shape[1] // self.STEP) * self.STEP, self.longest)
+        key = (len(source), length, source.ndim, draw.training, save, draw.first, draw.whole)
+        found = self.found.get(key) if self.pending() is None else None
+        if found is None:
+            found = Pass(self.fast, source, length, draw, save)
+            if self.pending() is None and len(self.found) < self.MOST:
+                self.found[key] = found
+        if save:
+            return _Passed.apply(self.fast.anchor, self, found, source, lengths)
+        return found.forward(source, lengths)
+
+
+class _Token:
+    """Lives as long as a backward may follow."""
+
+
+class _Passed(torch.autograd.Function):
+    """A pass as one autograd node: its backward writes the gradients where the optimiser reads them."""
+
+    @staticmethod
+    def forward(ctx, anchor: Tensor, passes: Passes, found: Pass, source: Tensor, lengths: Tensor) -> Tensor:
+        ctx.found, ctx.token = found, _Token()
+        passes.pending = weakref.ref(ctx.token)
+        return found.forward(source, lengths)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy: Tensor):
+        with ctx.found.fast.arena.adding():
+            ctx.found.backward(dy)
+        ctx.token = None
+        return None, None, None, None, None

@@ -37,7 +37,7 @@ def run_baseline(config: TrainConfig, source: models.ModelSource) -> Path:
     job = runs.prepare(config, source)
     record = runs.describe(job) | {"pooling": choose_pooling(job.tokenizer)}
     runs.announce(job, record)
-    memory, started = PeakMemory(job.accelerator.device), time.perf_counter()
+    memory, started = PeakMemory(job.accelerator.device, job.model), time.perf_counter()
     features, labels = {}, {name: split.labels for name, split in job.splits.items()}
     for name in job.splits:
         content = f"{job.splits[name].key}|{record['model']['fingerprint']}|{job.arithmetic}"

@@ -57,7 +57,7 @@ class Bound:
     text: str
     cell: tuple[str, dict[str, Any]]
     against: tuple[str, dict[str, Any]] | None
-    cost: Callable[[dict[str, Any]], float]
+    cost: Callable[[dict[str, Any]], float | None]
     low: float
     high: float
 
@@ -86,8 +86,10 @@ def _time(facts: dict[str, Any]) -> float:
     return facts["train_seconds"]
 
 
-def _memory(facts: dict[str, Any]) -> float:
-    return facts["peak_memory_bytes"] - facts["memory_before_training_bytes"]
+def _memory(facts: dict[str, Any]) -> float | None:
+    """None for records of GPUs from before the loaded model was what its weights take."""
+    before = facts["memory_before_training_bytes"]
+    return None if before is None else facts["peak_memory_bytes"] - before
 
 
 def _trained(facts: dict[str, Any]) -> float:
@@ -270,7 +272,13 @@ def _judge_similar(statement: Similar, difference: stats.Difference) -> Finding:
 def _judge_bound(statement: Bound, mine: Cell, other: Cell | None) -> Finding:
     if other:
         devices = [run.machine for cell in (mine, other) for run in (*cell.runs, *cell.repeats)]
-        shared = [device for device in sorted({*devices}) if mine.on(device) and other.on(device)]
+        shared = [
+            device
+            for device in sorted({*devices})
+            if (here := mine.on(device))
+            and (there := other.on(device))
+            and None not in [statement.cost(run.facts) for run in (*here.runs, *there.runs)]
+        ]
         if not shared:
             return Finding(statement.text, "undecided", "not run on one device", "0")
         device = max(shared, key=devices.count)

@@ -115,20 +115,21 @@ def device_name(device: torch.device) -> str:
 
 
 class PeakMemory:
-    """Peak memory of this process from when it was made: bytes allocated on a GPU, else resident in RAM."""
+    """Peak memory of this process from when it was made: bytes allocated on a GPU, else resident in RAM.
 
-    def __init__(self, device: torch.device) -> None:
+    start: bytes with `model` loaded. In RAM gradients and moments take none before the first step; on a GPU they do
+    as soon as there are any, so there it is what the weights take.
+    """
+
+    def __init__(self, device: torch.device, model: torch.nn.Module) -> None:
         self.device = device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        self.start = self._now()
+            self.start = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        else:
+            self.start = self._status("VmRSS") or 0
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
-
-    def _now(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.memory_allocated(self.device)
-        return self._status("VmRSS") or 0
 
     def peak(self) -> int:
         """Bytes. Without /proc (macOS), the peak since the process began."""

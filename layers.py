@@ -65,7 +65,7 @@ class Shape:
 
     @cached_property
     def hidden_keys(self) -> Tensor | None:
-        """[B, 1, 1, L]: -inf at padding; on the CPU None where nothing is padded: a GPU is not asked, that would wait."""
+        """[B, 1, 1, L]: -inf at padding; None on the CPU where nothing is padded: to ask a GPU is to wait for it."""
         hidden = torch.arange(self.length, device=self.lengths.device) >= self.lengths[:, None]  # [B, L]
         if hidden.device.type == "cpu" and not hidden.any():
             return None

@@ -15,7 +15,6 @@ from dropout import Draw
 from tape import empty
 from tiles import TiledMatrix, gradient, matrix
 
-
 aten = torch.ops.aten
 
 
@@ -203,7 +202,6 @@ class Linear:
         if self.dweight is not None:
             self.arena.aside(partial(self.put_gradients, dy, saved[0], need_bias))
         return self.matrix.backward(dy) if need_dx else None  # [N, in]
-
 
     def put_gradients(self, dy: Tensor, x: Tensor, bias: bool) -> None:
         gradient(dy, x, self.dweight, self.arena.square(self.dweight.storage_offset()))

@@ -4,9 +4,9 @@ Numerically `torch.optim.AdamW` (decoupled decay, bias corrections, no decay for
 `clip_grad_norm_`; the tests hold it to that at fp32 rounding level.
 """
 
+import contextlib
 import importlib.util
 import math
-from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -265,7 +265,7 @@ class FastAdamW(torch.optim.Optimizer):
             self.arena.settle()
             return
         tape = Tape()
-        with tape.recording() if self.fast.tiled else nullcontext():
+        with tape.recording() if self.fast.tiled else contextlib.nullcontext():
             for at, part, matrix in pieces:
                 rule, copy = self.rules[int(at.stop > self.arena.decayed_size)], matrix
                 if matrix is None and self.arena.compute is not self.arena.flat:
@@ -298,7 +298,7 @@ class GraphedAdamW(FastAdamW):
     """`FastAdamW` for a GPU: one launch, captured as a CUDA graph. What changes from step to step (the rates, how many
     steps there were, whether the gradient is finite) is read from the GPU's memory, where it stays.
 
-    With Triton each number is read and written once (gpu.py), else by PyTorch's fused AdamW.
+    With Triton and a C compiler each number is read and written once (gpu.py), else by PyTorch's fused AdamW.
     """
 
     def __init__(self, fast, **settings):
@@ -306,9 +306,10 @@ class GraphedAdamW(FastAdamW):
         self.norm, self.count, *self.rates = torch.zeros(2 + len(self.param_groups), device=self.arena.flat.device)
         self.kernel = None
         if self.norm.device.type == "cuda" and importlib.util.find_spec("triton"):
-            from gpu import OnePassAdamW  # here, since Triton takes a while to import and is not everywhere
+            with contextlib.suppress(Exception):  # of many kinds, where there is no C compiler
+                from gpu import OnePassAdamW  # here, since Triton takes a while to import and is not everywhere
 
-            self.kernel = OnePassAdamW(self.param_groups[0]["betas"], self.norm.device)
+                self.kernel = OnePassAdamW(self.param_groups[0]["betas"], self.norm.device)
         self.graphs: dict[bool, Graph] = {}  # by whether all of the gradient is in fp32
 
     @torch.no_grad()

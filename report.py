@@ -309,7 +309,7 @@ def across_blocks(compared: list[tuple[Comparison, float]]) -> list[Block]:
 
 
 def cost_blocks(group: list[Cell], scores: dict[tuple, dict[str, stats.Scores]], draw: Gallery) -> list[Block]:
-    """Time, memory, parameters, beside quality."""
+    """Time, memory, parameters, beside quality; of runs that shared a GPU only where none ran alone."""
     goal = np.floor(100 * max(cell.val("accuracy") for cell in group) - 1) / 100
     head = (
         "cell",
@@ -321,13 +321,15 @@ def cost_blocks(group: list[Cell], scores: dict[tuple, dict[str, stats.Scores]],
     )
     head += (f"s to {goal:.2f} val. accuracy",)
     devices = sorted({run.machine for cell in group for run in (*cell.runs, *cell.repeats)})
+    devices = [device for device in devices if "runs at once" not in device] or devices  # see device.device_name
     several = len(devices) > 1
     timed = [cell.on(device) for cell in group for device in devices]
     rows = []
     for cell in filter(None, timed):
         peak, before = cell.fact("peak_memory_bytes"), cell.fact("memory_before_training_bytes")
         row = [cell.name, f"{cell.fact('trainable_parameters'):,.0f}", f"{cell.fact('train_seconds'):,.0f}"]
-        row += [f"{cell.fact('samples_per_second'):,.0f}", f"{peak / 1e6:,.0f}", f"{(peak - before) / 1e6:,.0f}"]
+        row += [f"{cell.fact('samples_per_second'):,.0f}", f"{peak / 1e6:,.0f}"]
+        row.append("-" if before is None else f"{(peak - before) / 1e6:,.0f}")
         row += [analysis.time_to(cell, float(goal)), *([cell.first.machine] * several)]
         rows.append(tuple(row))
     # One device for the pictures: that of the most methods.

@@ -105,7 +105,7 @@ def finetune(config: TrainConfig, source: models.ModelSource) -> Path:
 
         import sklearn.metrics  # noqa: F401 - here, since its code (27 MB) is no memory of training
 
-        memory = PeakMemory(job.accelerator.device)
+        memory = PeakMemory(job.accelerator.device, engine.model)
         splits = cache_prefix(job, engine, record, progress)
         stop.open_loop()
         train(

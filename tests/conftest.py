@@ -91,17 +91,24 @@ def no_curves(monkeypatch):
     monkeypatch.setattr(plots, "draw_curves", lambda *_: None)
 
 
+@pytest.fixture
+def way_of_a_gpu(monkeypatch):
+    """The CPU goes the way of a GPU, but for the captures, the attention and Triton's kernel, which no CPU has."""
+    import fast
+    from layers import Attention, DeviceLayer
+
+    monkeypatch.setattr(fast.FastClassifier, "GRAPHED", ("cpu",))
+    monkeypatch.setattr(DeviceLayer, "attention", Attention)
+
+
 @pytest.fixture(params=["compiled", "torch", "graphs"])
 def both_arithmetics(request, monkeypatch):
     """What asks for this holds for the compiled kernels, for PyTorch's operations in their place, and for the way of a
-    GPU, but for the captures and the attention, which no CPU has."""
-    import fast
+    GPU."""
     import kernels
-    from layers import Attention, DeviceLayer
 
     if request.param == "graphs":
-        monkeypatch.setattr(fast.FastClassifier, "GRAPHED", ("cpu",))
-        monkeypatch.setattr(DeviceLayer, "attention", Attention)
+        request.getfixturevalue("way_of_a_gpu")
     elif request.param == "torch":
         monkeypatch.setattr(kernels, "library", lambda: None)
     elif shutil.which("g++") is None:

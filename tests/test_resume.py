@@ -20,6 +20,7 @@ METHODS = {
     "full": ("--finetune", "--lr", "1e-2"),
     "lora": ("--finetune", "--peft", "--lora_r", "4", "--lr", "5e-3"),
     "plain": ("--finetune", "--plain", "--lr", "1e-2"),
+    "the way of a GPU": ("--finetune", "--lr", "1e-2"),
     "accumulation": ("--finetune", "--gradient_accumulation_steps", "3", "--batch_size", "2"),
 }
 COMMON = ("--epochs", "3", "--batch_size", "8", "--save_every", "5")
@@ -78,7 +79,9 @@ def run_killed_at(step: int, cli, monkeypatch, *words: str) -> Path:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_killed_twice_and_resumed_it_is_the_same_run(cli, monkeypatch, method):
+def test_killed_twice_and_resumed_it_is_the_same_run(cli, monkeypatch, method, request):
+    if method == "the way of a GPU":
+        request.getfixturevalue("way_of_a_gpu")
     stopped = run_killed_at(13, cli, monkeypatch, *COMMON, *METHODS[method])  # between checkpoints
     run_killed_at(28, cli, monkeypatch, "--resume", str(stopped))
     assert not (stopped / "result.json").exists()

@@ -9,7 +9,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import command, read_json, read_lines
+from conftest import read_json, read_lines
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
@@ -104,7 +104,6 @@ def test_another_seed_gives_other_numbers(cli):
 @pytest.fixture
 def no_dropout(tiny_model, tmp_path):
     """The tiny model without dropout, so that splitting a batch changes nothing."""
-    import shutil
 
     folder = tmp_path / "no-dropout"
     shutil.copytree(tiny_model, folder)
@@ -317,15 +316,3 @@ def test_a_model_that_gives_one_answer_is_said_at_the_end(cli):
         r"warning: the model calls every validation row '(neg|pos)'; try", err.splitlines()[-1]
     )
     assert "calls every" not in cli("--finetune", *LEARNS)[2]
-
-
-@pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="no GPU")
-@pytest.mark.parametrize("words", ["", "--peft", "--peft --lora_layers 1", "--plain", "--peft --precision fp32"])
-def test_it_learns_on_a_gpu(tiny_model, tiny_data, tmp_path, words):
-    where = ("--dataset", str(tiny_data / "rotten_tomatoes"), "--model", str(tiny_model), "--output_dir", str(tmp_path))
-    done = command("--finetune", *LEARNS, "--device", "cuda", *words.split(), *where, CUDA_VISIBLE_DEVICES="0")
-    assert done.returncode == 0, done.stderr
-    (run,) = tmp_path.iterdir()
-    assert read_json(run / "result.json")["test"]["accuracy"] > 0.6  # chance: 0.5; one LoRA layer on a CPU: 0.71
-    done = command("--predict", str(run), "great moving story", "--device", "cuda", CUDA_VISIBLE_DEVICES="0")
-    assert done.returncode == 0 and '"label"' in done.stdout, done.stderr

@@ -6,7 +6,7 @@ reads or writes lies where it did when it was captured: the weights anyway, and 
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import torch
@@ -70,8 +70,11 @@ class Graph:
             graph.capture_begin(pool=pool.handle, capture_error_mode="thread_local")
             try:
                 run()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # the capture is broken: what broke it is to be told
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         self.replay = graph.replay
 
 

@@ -1,6 +1,7 @@
 """Fine-tune DistilBERT for sentiment, fully or with LoRA, or fit the linear baseline; then compare the runs."""
 
 import os
+import re
 import sys
 
 from config import Interrupted, TrainConfig, UserError, parse_args
@@ -17,6 +18,13 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder that cannot be written
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        wanted = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
+        said = f" ({wanted[0].lower()})" if wanted else ""
+        print(f"error: out of memory{said}; try a lower --batch_size or --max_length", file=sys.stderr)
+        return 2
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return stop.exit_code
@@ -24,6 +32,11 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """PyTorch has a class of its own for GPUs, and words for RAM."""
+    return "OutOfMemory" in type(error).__name__ or isinstance(error, MemoryError) or "allocate memory" in str(error)
 
 
 def dispatch(config: TrainConfig) -> None:

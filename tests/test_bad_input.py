@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import read_lines
 from safetensors.numpy import load, save
 from test_config import WRONG
 from test_data import BASE, JSONL, REFUSED, written
 
+import train
 from main import main
 
 QUICK = ("--finetune", "--epochs", "1", "--limit", "32")
@@ -346,3 +348,31 @@ def test_a_picture_folder_that_is_a_file(cli, run, tmp_path):
     (tmp_path / "file").write_text("")
     words = ("--report", str(run), "--plots_dir", str(tmp_path / "file"))
     refused(cli, *words, expected=("--plots_dir", "file"), dataset=None)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has"), "2.50 gib"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."), "99 bytes"),
+        (MemoryError(), None),
+    ],
+)
+def test_too_large_a_batch_is_one_line(cli, monkeypatch, error, said):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(train, "train", fail)
+    code, _, err = cli("--finetune", "--epochs", "1")
+    said = f" (tried to allocate {said})" if said else ""
+    assert code == 2
+    assert err.splitlines()[-1] == f"error: out of memory{said}; try a lower --batch_size or --max_length"
+
+
+def test_other_errors_of_the_runtime_are_not_hidden(cli, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr(train, "train", fail)
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        cli("--finetune", "--epochs", "1")

@@ -241,6 +241,20 @@ def test_costs_are_told_for_each_device(studies, tmp_path):
     assert "1,000,000" in rows[0] and "1,000,000" not in rows[1]
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_runs_that_shared_a_gpu_count_for_costs_only_where_none_ran_alone(studies, tmp_path):
+    shared = {"device": "a GPU (14 runs at once)", "memory_before_training_bytes": None}
+    for seeds in ((1,), (1, 2, 3, 4, 5)):
+        runs = [replace(run, facts=run.facts | shared) if run.seed in seeds else run for run in studies]
+        text = report.markdown(report.build(group_cells(runs)[0], tmp_path))
+        costs = text.split("### Cost")[1].split("###")[0]
+        rows = [line for line in costs.splitlines() if line.startswith("| full 2e-5 |")]
+        alone = len(seeds) == 1
+        assert len(rows) == 1 and ("| - |" in rows[0]) != alone and "14 runs" not in rows[0]
+        assert findings(runs)[6][0].evidence != "not run on one device" or not alone
+    assert findings(runs)[6][1].evidence == "not run on one device"  # nobody knows what they added
+
+
 def test_verdicts_follow_their_rules(studies):
     def at(lr, rank=None):
         def picks(run):

@@ -101,9 +101,10 @@ class FastEngine:
         self.model, self.frozen_prefix = model, frozen_prefix
         self.distributed = accelerator.num_processes > 1
         self.classifier = fast.FastClassifier(model, precision, frozen_prefix, self.distributed)
+        self.optimizer = adamw_for(self.classifier, lr=lr, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
         compiled, products, graphed = self.classifier.compiled, self.classifier.recordable, self.classifier.graphed
         self.name = "fast" + ", compiled kernels" * compiled + " and products" * products + ", graphs" * graphed
-        self.optimizer = adamw_for(self.classifier, lr=lr, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+        self.name += " and Triton" * (graphed and self.optimizer.kernel is not None)
 
     def forward(self, batch: Batch) -> Tensor:
         if batch.hidden is not None:

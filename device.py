@@ -90,7 +90,7 @@ def _capable(*features: str) -> bool:
 
 def arithmetic(device: torch.device, precision: str) -> str:
     """What, beside weights and input, decides the last bits of a result: for the keys of caches."""
-    by = ["torch"]
+    by = ["torch", "alone"] if device.type == "cuda" and not dist.is_initialized() else ["torch"]  # see DeviceLayer
     if device.type == "cpu" and kernels.library():
         by = ["compiled products", *(["amx" if _capable("amx_bf16") else "tiles"] if kernels.tiles() else [])]
     return "|".join([precision, device.type, torch.__version__, *by])
@@ -125,7 +125,8 @@ class PeakMemory:
         self.device = device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-            self.start = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+            tensors = (*model.parameters(), *model.buffers())
+            self.start = sum(getattr(tensor, "to_local", lambda tensor=tensor: tensor)().nbytes for tensor in tensors)
         else:
             self.start = self._status("VmRSS") or 0
         with contextlib.suppress(OSError):

@@ -19,7 +19,7 @@ class Draw:
     so each column's threshold is itself drawn between the two neighbours: every element is dropped with
     probability p (to 1/65536), and two elements of a column are correlated by less than 1e-4. With several
     processes each draws the masks of the whole global batch and keeps its own rows, so that the result
-    doesn't depend on their number (the batches must be padded to one length).
+    doesn't depend on their number (the batches must be padded to one length), but for one with a GPU: see `__call__`.
     """
 
     def __init__(

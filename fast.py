@@ -16,7 +16,7 @@ import kernels
 from dropout import Draw, random_seeds
 from fused import FusedLayer
 from graphs import Passes, Pool
-from layers import DeviceLayer, Embedding, Head, Layer, Shape, Stream, total
+from layers import DeviceAttention, DeviceLayer, Embedding, Head, Layer, Shape, Stream, total
 from linear import Arena, base_layer
 from tape import Tape, Workspace, empty, within
 
@@ -194,7 +194,9 @@ class FastClassifier:
         self.head = Head(self.arena, _head_modules(self.inner), config.seq_classif_dropout)
         blocks = encoder.transformer.layer
         self.compiled = kind_of_device == "cpu" and not self.graphed and kernels.library() is not None
-        kind = DeviceLayer if self.graphed and not shared else FusedLayer if self.compiled else Layer
+        width = config.dim // config.n_heads
+        fused = self.graphed and not shared and DeviceAttention.runs(self.table.device, self.dtype, width)
+        kind = DeviceLayer if fused else FusedLayer if self.compiled else Layer
         self.layers = [kind(self.arena, b, config, last=i + 1 == len(blocks)) for i, b in enumerate(blocks)]
         for layer, successor in pairwise(self.layers):
             layer.successor = successor
@@ -212,7 +214,7 @@ class FastClassifier:
         self.lazy, self.table_grads = None, []
         self.anchor = torch.zeros((), requires_grad=True)
         if self.graphed:
-            self.pool, self.passes = Pool(self.table.device), Passes(self, len(self.embedding.position))
+            self.pool, self.passes = Pool(self.table.device, self.dtype), Passes(self, len(self.embedding.position))
 
     def attach(self, lazy) -> None:
         """Let a LazyTable bring rows up to date before they are read."""

@@ -34,11 +34,13 @@ def _adamw(
 class OnePassAdamW:
     """AdamW of flat tensors. Raises whatever Triton does where it cannot compile: it wants a C compiler."""
 
-    def __init__(self, betas: tuple[float, float], device: torch.device) -> None:
+    def __init__(self, betas: tuple[float, float], device: torch.device, dtype: torch.dtype) -> None:
+        """dtype: of the gradients and the copy that will come, or fp32."""
         self.betas = betas
         self.powers = torch.tensor(betas, dtype=torch.float64, device=device)
-        one = torch.ones((), device=device)
-        self.update(*torch.ones(4, 16, device=device), None, one, one, 0.0, 1e-8, None, one)
+        one, (p, g, m, v) = torch.ones((), device=device), torch.ones(4, 16, device=device)
+        g, copy = g.to(dtype), None if dtype == torch.float32 else p.to(dtype)
+        self.update(p, g, m, v, copy, one, one, 0.0, 1e-8, None, one)
 
     def update(
         self, p: Tensor, g: Tensor, m: Tensor, v: Tensor, copy: Tensor | None, count: Tensor, lr: Tensor,

@@ -1,9 +1,10 @@
 """A step on a GPU as three launches: forward, backward and update, each captured once as a CUDA graph.
 
-Launching some 500 kernels of 2 us one by one from Python takes several times as long as they run. Whatever a graph
+Launching some 400 kernels of 2 us one by one from Python takes several times as long as they run. Whatever a graph
 reads or writes lies where it did when it was captured: the weights anyway, and the batch, which is copied there.
 """
 
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,7 +21,7 @@ from linear import Arena
 class Pool:
     """The memory of all graphs of one model, of which one runs at a time, and the stream they are captured on."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.captures = device.type == "cuda"
         if not self.captures:
             return
@@ -28,8 +29,8 @@ class Pool:
         self.stream, self.side = torch.cuda.Stream(device), torch.cuda.Stream(device)
         for stream in (self.stream, self.side):  # cuBLAS takes memory for each stream: now, not in a capture
             with torch.cuda.stream(stream):
-                for dtype in (torch.float32, torch.bfloat16):
-                    some = torch.ones(64, 64, dtype=dtype, device=device)
+                for kind in {torch.float32, dtype}:  # that of the head, that of the layers
+                    some = torch.ones(64, 64, dtype=kind, device=device)
                     torch.addmm(some[0], some, some), torch.bmm(some[None], some[None])
         torch.cuda.synchronize()
 
@@ -60,14 +61,16 @@ class Pool:
 class Graph:
     """`run` captured; on the CPU, where there is nothing to capture, `run` itself."""
 
-    def __init__(self, run: Callable[[], None], pool: Pool) -> None:
+    def __init__(self, run: Callable[[], None], pool: Pool, alone: bool = False) -> None:
+        """alone: what else runs may be in the middle of a pass, whose memory it leaves as it is."""
         if not pool.captures:
             self.replay = run
             return
-        graph = torch.cuda.CUDAGraph()
+        graph, handle = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle() if alone else pool.handle
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # a capture cannot take what the first pass left there
         with torch.cuda.stream(pool.stream):
-            graph.capture_begin(pool=pool.handle, capture_error_mode="thread_local")
+            graph.capture_begin(pool=handle, capture_error_mode="thread_local")
             try:
                 run()
             except BaseException:
@@ -82,12 +85,11 @@ class Pass:
     """Forward and backward for batches of one shape, kernel by kernel with the first, which makes ready what a capture
     needs, then as graphs. Both compute the same to the bit, dropout included: a resumed run begins with a first."""
 
-    def __init__(self, fast, source: Tensor, length: int, draw: Draw, save: bool) -> None:
-        """source: token ids [B, L] or hidden states [B, L, D], up to `length` long; fast: the FastClassifier."""
-        b, device = len(source), source.device
-        self.fast, self.draw, self.save, self.calls = fast, draw, save, 0
+    def __init__(self, fast, source: Tensor, draw: Draw, save: bool) -> None:
+        """source: where batches are put, token ids [B, L] or hidden states [B, L, D]; fast: the FastClassifier."""
+        (b, length), device = source.shape[:2], source.device
+        self.fast, self.source, self.draw, self.save, self.calls = fast, source, draw, save, 0
         with torch.inference_mode(False):  # else only a pass in inference mode could write to it
-            self.source = torch.zeros(b, length, *source.shape[2:], dtype=source.dtype, device=device)
             self.shape = Shape(b, length, torch.zeros(b, dtype=torch.int64, device=device), fast.dtype)
             self.logits = torch.zeros(b, fast.head.b2.shape[0], device=device)
             self.dy = torch.zeros_like(self.logits)
@@ -131,6 +133,7 @@ class Passes:
     def __init__(self, fast, longest: int) -> None:
         self.fast, self.longest = fast, longest
         self.found: dict[tuple, Pass] = {}
+        self.memory: dict[tuple[int, torch.dtype], Tensor] = {}  # of their batches, by its size
         self.pending: Callable[[], object | None] = lambda: None  # whose memory is in use
 
     def logits(self, source: Tensor, lengths: Tensor, draw: Draw) -> Tensor:
@@ -138,14 +141,28 @@ class Passes:
         save = torch.is_grad_enabled()
         length = min(-(-source.shape[1] // self.STEP) * self.STEP, self.longest)
         key = (len(source), length, source.ndim, draw.training, save, draw.first, draw.whole)
-        found = self.found.get(key) if self.pending() is None else None
+        free = self.pending() is None
+        found = self.found.get(key) if free else None
         if found is None:
-            found = Pass(self.fast, source, length, draw, save)
-            if self.pending() is None and len(self.found) < self.MOST:
+            kept = free and len(self.found) < self.MOST
+            found = Pass(self.fast, self._place(source, length, kept), draw, save)
+            if kept:
                 self.found[key] = found
         if save:
             return _Passed.apply(self.fast.anchor, self, found, source, lengths)
         return found.forward(source, lengths)
+
+    def _place(self, source: Tensor, length: int, kept: bool) -> Tensor:
+        """[B, length, ...] for batches like `source`; those of passes that are kept share their memory."""
+        shape = (len(source), length, *source.shape[2:])
+        room = 1 << (math.prod(shape) - 1).bit_length()
+        memory = self.memory.get((room, source.dtype)) if kept else None
+        if memory is None:
+            with torch.inference_mode(False):
+                memory = torch.zeros(room, dtype=source.dtype, device=source.device)
+            if kept:
+                self.memory[room, source.dtype] = memory
+        return memory[: math.prod(shape)].view(shape)
 
 
 class _Token:
@@ -158,7 +175,8 @@ class _Passed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, anchor: Tensor, passes: Passes, found: Pass, source: Tensor, lengths: Tensor) -> Tensor:
         ctx.found, ctx.token = found, _Token()
-        passes.pending = weakref.ref(ctx.token)
+        if passes.pending() is None:
+            passes.pending = weakref.ref(ctx.token)
         return found.forward(source, lengths)
 
     @staticmethod

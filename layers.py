@@ -131,6 +131,14 @@ class DeviceAttention(Attention):
     """The same by PyTorch's memory-efficient kernels for GPUs: one launch forward and three backward instead of eleven
     each, dropout included, and no copies of the heads."""
 
+    @staticmethod
+    def runs(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+        """Whether they are there, for heads of `width`: not on AMD's cards, and in bf16 only from sm_80 on."""
+        if device.type != "cuda":
+            return True
+        able = dtype == torch.float32 or torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.version.hip is None and able and width % 8 == 0
+
     def split(self, x: Tensor, shape: Shape) -> Tensor:
         """[B * T, g * D] -> [g, B, H, T, d], a view."""
         g = x.shape[1] // self.width
@@ -241,7 +249,7 @@ class Layer:
 
 
 class DeviceLayer(Layer):
-    """As `Layer`, of fewer and larger kernels, where one process has a GPU for itself. With several processes the
+    """As `Layer`, of fewer and larger kernels, where a process has the batch to itself. With several processes the
     masks of dropout are parts of whole batches' masks (see Draw), which these kernels do not take."""
 
     lora, attention = staticmethod(device_lora), DeviceAttention

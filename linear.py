@@ -29,7 +29,7 @@ def base_layer(module: nn.Module) -> nn.Linear:
 
 
 class Arena:
-    """Parameters in one flat fp32 buffer, [matrices | decayed | plain | gap | frozen], with flat gradient and bf16 copy.
+    """Parameters in one flat fp32 buffer, [matrices | decayed | plain | gap | frozen], flat gradient and bf16 copy.
 
     The module's parameters become views, so saving and loading see nothing new. One buffer each means one
     AdamW, one gradient norm, one all-reduce and one cast to bf16 a step, and q, k, v as one product.

@@ -7,6 +7,7 @@ Numerically `torch.optim.AdamW` (decoupled decay, bias corrections, no decay for
 import contextlib
 import importlib.util
 import math
+import os
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import kernels
+import packaged
 from graphs import Graph
 from tape import Tape
 from tiles import TiledMatrix
@@ -41,7 +43,7 @@ def adamw(p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int, group: dict, sc
     """One AdamW update of flat fp32 tensors in place; `g` is divided by `scale` first (clipping for free)."""
     beta1, beta2 = group["betas"]
     torch._fused_adamw_(
-        [p], [g], [m], [v], [], [torch.tensor(float(step), device=p.device)],
+        [p], [g], [m], [v], [], [torch.tensor(float(step))],
         lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"],
         eps=group["eps"], amsgrad=False, maximize=False, grad_scale=scale, found_inf=None,
     )  # fmt: skip
@@ -79,7 +81,7 @@ def gauss_rule(a: np.ndarray, b: np.ndarray, nodes: int = NODES) -> tuple[np.nda
 
 
 class LazyTable:
-    """AdamW for an embedding table [V, D], row by row, only when a row is read.
+    """AdamW for an embedding table [V, D] in RAM, row by row, only when a row is read.
 
     A dense step moves all V rows although a batch of 16 reads about 300 of 30,522. An untouched row has
     gradient 0, so what step s+j would have done to it is known: with r = sqrt(v) at its last update s,
@@ -115,11 +117,11 @@ class LazyTable:
     @torch.no_grad()
     def catch_up(self, rows: Tensor) -> None:
         """Bring `rows` (unique ids, [U]) up to date with all steps taken so far."""
-        last = self.last[rows.cpu()]
+        last = self.last[rows]
         stale = last < self.step
         if not stale.any():
             return
-        rows = rows[stale.to(rows.device)]
+        rows = rows[stale]
         distinct, index = np.unique(last[stale].numpy(), return_inverse=True)
         table = np.concatenate(self.skipped(distinct), 1).astype(np.float32)  # [distinct, 3 + 2n]
         if self.compiled:
@@ -127,14 +129,14 @@ class LazyTable:
                          NODES, torch.from_numpy(table), self.group["eps"], self.weight, self.m, self.v)  # fmt: skip
             self.last[rows] = self.step
             return
-        decay, decay_m, decay_v, *rule = torch.from_numpy(table[index]).to(self.weight.device).split(1, 1)
+        decay, decay_m, decay_v, *rule = torch.from_numpy(table[index]).split(1, 1)
         m, v = self.m[rows], self.v[rows]  # [U, D]
         root, total = v.sqrt(), torch.zeros_like(m)
         for x, w in zip(rule[:NODES], rule[NODES:]):
             total += w / torch.addcmul(root.new_tensor(self.group["eps"]), root, x)
         self.weight.data[rows] = torch.addcmul(self.weight.data[rows] * decay, m, total, value=-1)
         self.m[rows], self.v[rows] = m * decay_m, v * decay_v
-        self.last[rows.cpu()] = self.step
+        self.last[rows] = self.step
 
     @torch.no_grad()
     def apply(self, rows: Tensor, grad: Tensor, scale: Tensor | None) -> None:
@@ -152,11 +154,11 @@ class LazyTable:
             p, m, v = self.weight.data[rows], self.m[rows], self.v[rows]
             adamw(p, grad, m, v, self.step, self.group, scale)
             self.weight.data[rows], self.m[rows], self.v[rows] = p, m, v
-        self.last[rows.cpu()] = self.step
+        self.last[rows] = self.step
 
     def flush(self) -> None:
         """Bring every row up to date, in pieces that bound the memory. Needed before weights are read elsewhere."""
-        for rows in torch.arange(len(self.weight), device=self.weight.device).split(4096):
+        for rows in torch.arange(len(self.weight)).split(4096):
             self.catch_up(rows)
 
     def state_dict(self) -> dict:
@@ -206,12 +208,9 @@ class FastAdamW(torch.optim.Optimizer):
         self.arena.widen()
         dist.all_reduce(self.arena.grad)
         if self.lazy:
-            mine = [(rows.cpu(), grad.cpu()) for rows, grad in self.fast.table_grads]
             everyone: list = [None] * dist.get_world_size()
-            dist.all_gather_object(everyone, mine)
-            # On the CPU, which adds in order: each process is to get the same sum, to the bit.
-            rows, grad = self._added([pair for part in everyone for pair in part])
-            self.fast.table_grads[:] = [(rows.to(self.fast.table.device), grad.to(self.fast.table.device))]
+            dist.all_gather_object(everyone, self.fast.table_grads)
+            self.fast.table_grads[:] = [self._added([pair for part in everyone for pair in part])]
 
     def _table_grad(self) -> tuple[Tensor, Tensor]:
         """Row gradients of all micro-batches and processes, summed: unique ids [U], gradient [U, D]."""
@@ -307,9 +306,10 @@ class GraphedAdamW(FastAdamW):
         self.kernel = None
         if self.norm.device.type == "cuda" and importlib.util.find_spec("triton"):
             with contextlib.suppress(Exception):  # of many kinds, where there is no C compiler
+                os.environ.setdefault("TRITON_CACHE_DIR", str(packaged.cache_dir() / "triton"))
                 from gpu import OnePassAdamW  # here, since Triton takes a while to import and is not everywhere
 
-                self.kernel = OnePassAdamW(self.param_groups[0]["betas"], self.norm.device)
+                self.kernel = OnePassAdamW(self.param_groups[0]["betas"], self.norm.device, fast.dtype)
         self.graphs: dict[bool, Graph] = {}  # by whether all of the gradient is in fp32
 
     @torch.no_grad()
@@ -323,7 +323,7 @@ class GraphedAdamW(FastAdamW):
             graph.replay()
         else:
             self._update()
-            self.graphs[self.arena.widened] = Graph(self._update, self.fast.pool)
+            self.graphs[self.arena.widened] = Graph(self._update, self.fast.pool, alone=True)
         self.arena.settle()
         return self.norm
 
@@ -340,7 +340,8 @@ class GraphedAdamW(FastAdamW):
             group, rate = self.param_groups[number], self.rates[number]
             state = (arena.flat[at], part, self.m[at], self.v[at])
             if self.kernel:
-                copy = None if arena.compute is arena.flat else arena.compute[at]
+                unread = len(arena.half) <= at.start < arena.decayed_size  # embeddings and head, but in fp32
+                copy = None if unread or arena.compute is arena.flat else arena.compute[at]
                 self.kernel.update(*state, copy, self.count, rate, group["weight_decay"], group["eps"], scale, finite)
                 continue
             beta1, beta2 = group["betas"]

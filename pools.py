@@ -1,6 +1,5 @@
 """Where the processes of a sweep run: on this machine, or on those of a Ray cluster. Both give futures."""
 
-import math
 import os
 import signal
 import subprocess
@@ -124,7 +123,7 @@ class RayPool:
         self.at_once, self.ray, self.refs = workers * len(machines), ray, []
         # No retries: a failed run is listed, and tried again by the next call.
         self.remote = ray.remote(num_cpus=cpus, num_gpus=min(1.0, gpus), max_retries=0)(run_command)
-        self.env = {"OMP_NUM_THREADS": str(cpus), "RUNS_AT_ONCE": str(math.ceil(1 / gpus) if gpus else 1)}
+        self.env = {"OMP_NUM_THREADS": str(cpus), "RUNS_AT_ONCE": str(max(1, int(1 / gpus + 1e-6)) if gpus else 1)}
 
     def submit(self, command: list[str], log: Path) -> Future:
         """See Pool."""

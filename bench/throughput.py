@@ -66,7 +66,7 @@ def trainer(job: runs.Job, *, best: bool, lora: bool = False) -> Contestant:
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            dataloader_pin_memory=False,
+            dataloader_pin_memory=torch.cuda.is_available(),
         )
         peer = Trainer(model, arguments, train_dataset=rows, data_collator=DataCollatorWithPadding(job.tokenizer))
         peer.remove_callback(PrinterCallback)

@@ -37,15 +37,25 @@ def test_what_an_earlier_batch_left_behind_a_shorter_one_is_not_seen(make: Calla
 @pytest.mark.parametrize("most", [Passes.MOST, 0])
 def test_a_pass_begun_before_another_has_ended_keeps_its_numbers(monkeypatch, most: int):
     monkeypatch.setattr(Passes, "MOST", most)
-    fast, one, other = FastClassifier(tiny(), "fp32"), batch(1), batch(2)
-    expected = [gradients(fast, *one), gradients(fast, *other)]
-    losses = [F.cross_entropy(fast(ids, lengths), labels) for ids, lengths, labels in (one, other)]
-    for loss, gradient in zip(losses, expected):
+    fast, batches = FastClassifier(tiny(), "fp32"), [batch(number) for number in range(3)]
+    expected = [gradients(fast, *one) for one in batches]
+
+    def loss(number: int) -> Tensor:
+        ids, lengths, labels = batches[number]
+        return F.cross_entropy(fast(ids, lengths), labels)
+
+    def backward(loss: Tensor, number: int) -> None:
         fast.arena.reset_grad()
         loss.backward()
-        assert torch.equal(fast.arena.grad, gradient)
-    F.cross_entropy(fast(*one[:2]), one[2])  # dropped: nothing goes back
-    assert torch.equal(gradients(fast, *other), expected[1])
+        assert torch.equal(fast.arena.grad, expected[number])
+
+    first, second = loss(0), loss(1)
+    backward(second, 1)
+    third = loss(2)  # while the first is still to go back
+    backward(first, 0)
+    backward(third, 2)
+    loss(0)  # dropped: nothing goes back
+    backward(loss(1), 1)
 
 
 def test_texts_of_the_greatest_length_fit():

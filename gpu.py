@@ -1,7 +1,7 @@
 """AdamW on a GPU in one pass over its memory, in Triton, which comes with PyTorch where that knows CUDA.
 
 PyTorch's fused AdamW takes gradients of the weights' own type only and writes them back, clipped, and the bf16 copy of
-the weights is another pass, as is making the gradients fp32.
+the weights is another pass, as is making the gradients fp32: 0.45 to 0.28 ms a step of 22.7M parameters (H200).
 """
 
 import torch

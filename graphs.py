@@ -1,7 +1,8 @@
 """A step on a GPU as three launches: forward, backward and update, each captured once as a CUDA graph.
 
-Launching some 400 kernels of 2 us one by one from Python takes several times as long as they run. Whatever a graph
-reads or writes lies where it did when it was captured: the weights anyway, and the batch, which is copied there.
+Launching some 400 kernels of 4 us one by one from Python takes ten times as long as they run: transformers' modules train
+1,162 samples/s where graphs train 10,756 (H200, full, batch 16). Whatever a graph reads or writes lies where it did when
+it was captured: the weights anyway, and the batch, which is copied there.
 """
 
 import math
@@ -37,7 +38,8 @@ class Pool:
     @contextmanager
     def beside(self, arena: Arena) -> Iterator[None]:
         """What `arena` puts aside runs beside the rest, and is done in the end. Small kernels leave most of a GPU free:
-        the gradients of weights take no time but that of the gradients they follow from."""
+        the gradients of weights take no time but that of the gradients they follow from (backward, full, on an H200:
+        0.86 to 0.58 ms, a kernel of attention's and a copy saved included)."""
         if not self.captures:
             yield
             return

@@ -1,8 +1,8 @@
 """A step on a GPU as three launches: forward, backward and update, each captured once as a CUDA graph.
 
-Launching some 400 kernels of 4 us one by one from Python takes ten times as long as they run: transformers' modules train
-1,162 samples/s where graphs train 10,756 (H200, full, batch 16). Whatever a graph reads or writes lies where it did when
-it was captured: the weights anyway, and the batch, which is copied there.
+Launching some 400 kernels of 4 us one by one from Python takes far longer than they run: transformers' modules train
+1,162 samples/s where graphs train 10,756 (H200, full, batch 16). Whatever a graph reads or writes lies where it did
+when it was captured: the weights anyway, and the batch, which is copied there.
 """
 
 import math

@@ -188,8 +188,8 @@ class FastClassifier:
         self.graphed = kind_of_device in self.GRAPHED
         matrices, others = _read_parameters(self.inner)
         # A GPU updates the whole table in 0.1 ms; to find out which rows a batch has, it would have to be waited for.
-        self.dense = self.graphed and self.table.requires_grad
-        self.arena = Arena(matrices, [self.table, *others] if self.dense else others, self.dtype)
+        dense = self.graphed and self.table.requires_grad
+        self.arena = Arena(matrices, [self.table, *others] if dense else others, self.dtype)
         self.embedding = Embedding(self.arena, encoder.embeddings, config.dropout)
         self.head = Head(self.arena, _head_modules(self.inner), config.seq_classif_dropout)
         blocks = encoder.transformer.layer

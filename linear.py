@@ -242,6 +242,7 @@ class LoraLinear(Linear):
         self.ddown, self.dup = arena.matrix_grad(down), [arena.matrix_grad([p]) for p in up]
         self.dups = arena.matrix_grad(up)  # [G out / n, r], the same as one
         self.up = [arena.view(arena.compute, [p]) for p in up]  # G x [out / n, r]
+        self.ups = arena.view(arena.compute, up)  # [G out / n, r], the same as one
 
     def prepare(self) -> None:
         """Nothing: the matrix is made of `wide`."""
@@ -316,9 +317,7 @@ class DeviceLoraLinear(LoraLinear):
         Linear.__init__(self, arena, modules)
         self.read_adapters(modules)
         self.alpha = self.scaling[0]
-        self.ups = arena.view(arena.compute, [m.lora_B[m.active_adapters[0]].weight for m in modules]).view(
-            len(modules), -1, self.r
-        )  # [G, out / G, r]
+        self.ups = self.ups.view(len(modules), -1, self.r)  # [G, out / G, r]
 
     def forward(self, x: Tensor, draw: Draw, bias: bool = True) -> tuple[Tensor, tuple]:
         y = torch.addmm(self.bias, x, self.weight.t()) if bias else x @ self.weight.t()

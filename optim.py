@@ -188,7 +188,7 @@ class FastAdamW(torch.optim.Optimizer):
                  max_grad_norm: float | None = 1.0):  # fmt: skip
         self.fast, self.arena, self.max_grad_norm = fast, fast.arena, max_grad_norm
         decayed, plain = self.arena.decayed, self.arena.plain
-        table = [fast.table] if fast.table.requires_grad and not fast.dense else []
+        table = [fast.table] if fast.table.requires_grad and not self.arena.holds(fast.table) else []
         groups = [{"params": decayed + table, "weight_decay": weight_decay},
                   {"params": plain, "weight_decay": 0.0}]  # fmt: skip
         super().__init__([g for g in groups if g["params"]], {"lr": lr, "betas": tuple(betas), "eps": eps})
@@ -240,9 +240,7 @@ class FastAdamW(torch.optim.Optimizer):
         norm = square.sqrt()
         if not math.isfinite(norm):  # one bad batch must not spoil the weights; the caller decides what follows
             return norm
-        scale = None
-        if self.max_grad_norm is not None:  # AdamW divides by `scale` as it reads: clipping costs no pass
-            scale = ((norm + 1e-6) / self.max_grad_norm).clamp(min=1.0)
+        scale = self._scale(norm)
         self.steps += 1
         if self.compiled:
             self._compiled_update(pieces, scale, summed)
@@ -254,6 +252,10 @@ class FastAdamW(torch.optim.Optimizer):
         if self.lazy:
             self.lazy.apply(rows, grad, scale)
         return norm
+
+    def _scale(self, norm: Tensor) -> Tensor | None:
+        """AdamW divides the gradient by it as it reads: clipping costs no pass."""
+        return None if self.max_grad_norm is None else ((norm + 1e-6) / self.max_grad_norm).clamp(min=1.0)
 
     def _compiled_update(self, pieces: list, scale: Tensor | None, key: bool) -> None:
         """AdamW on all pieces, and whatever follows the weights; recorded where that is done by kernels alone."""
@@ -331,9 +333,7 @@ class GraphedAdamW(FastAdamW):
         arena, parts = self.arena, self.arena.parts()
         norms = [torch.linalg.vector_norm(part, dtype=torch.float32) for _, part in parts]
         self.norm.copy_(torch.linalg.vector_norm(torch.stack(norms)))
-        finite, scale = self.norm.isfinite().float(), None
-        if self.max_grad_norm is not None:
-            scale = ((self.norm + 1e-6) / self.max_grad_norm).clamp(min=1.0)
+        finite, scale = self.norm.isfinite().float(), self._scale(self.norm)
         self.count += finite
         for at, part in parts:
             number = 0 if at.stop <= arena.decayed_size else -1

@@ -18,22 +18,28 @@ static void pack_panel(i64 deep, const float* __restrict b, i64 ldb, float* __re
                 for (i64 y = i; y < i + WIDTH; y++) to[y * PANEL + x] = b[x * ldb + y];
 }
 
+// Into what the columns of products here must fit.
+static i64 panel() { return PANEL; }
+
 // c [m, n] = a [m, k] b [k, n], or, TURNED, a b^T; a has any strides, n is a multiple of PANEL. A panel stays in the
-// first cache for HIGH rows, a GROUP of them in the second. The order of the sums depends on k alone, which is cut into
-// like slices: where k is 432, a slice of 48 behind one of 384 made the weights' gradient 15% slower.
+// first cache for HIGH rows, a group of at most GROUP in the second; the groups are of like size, and as many for each
+// thread. The order of the sums depends on k alone, which is cut into like slices: where k is 432, a slice of 48 behind
+// one of 384 made the weights' gradient 15% slower.
 template <bool TURNED>
 static void multiply_floats(i64 m, i64 n, i64 k, const float* a, i64 row, i64 column, const float* b, i64 ldb, float* c,
                      i64 ldc) {
-    const i64 threads = omp_get_max_threads(), group = std::clamp<i64>(n / PANEL / threads, 1, GROUP) * PANEL;
-    const i64 parts = std::max<i64>(1, threads * group / n), high = (m / parts + 6) / 6 * 6;  // rows, for many threads
+    const i64 threads = omp_get_max_threads(), all = n / PANEL, most = threads * GROUP;
+    const i64 groups = std::min(all, (all + most - 1) / most * threads);
+    const i64 parts = std::max<i64>(1, threads / groups), high = (m / parts + 6) / 6 * 6;  // rows, for many threads
     const i64 slices = (k + DEPTH - 1) / DEPTH, slice = whole((k + slices - 1) / slices);
 #pragma omp parallel
     {
         static thread_local std::vector<float> panels(GROUP * DEPTH * PANEL);
 #pragma omp for collapse(2) schedule(static)
         for (i64 part = 0; part < parts; part++)
-            for (i64 first = 0; first < n; first += group) {
-                const i64 last = std::min(n, first + group), end = std::min(m, (part + 1) * high);
+            for (i64 group = 0; group < groups; group++) {
+                const i64 first = group * all / groups * PANEL, last = (group + 1) * all / groups * PANEL;
+                const i64 end = std::min(m, (part + 1) * high);
                 for (i64 p = 0; p < k; p += slice) {
                     const i64 deep = std::min(slice, k - p);
                     for (i64 j = first; j < last; j += PANEL)

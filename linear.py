@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dropout import Draw
 from tape import empty
-from tiles import TiledMatrix, gradient, matrix
+from tiles import TiledMatrix, gradient, matrix, unit
 
 aten = torch.ops.aten
 
@@ -221,7 +221,7 @@ class LoraLinear(Linear):
         self.read_adapters(modules)
         rank, (out, width) = len(self.parts) * self.r, self.weight.shape
         self.block = self.weight.new_zeros(out, rank)  # scaling * B of each part, block by block
-        self.width, padding = width, -rank % 32  # whole tiles
+        self.width, padding = width, -rank % unit(self.weight)
         self.joint = width <= out  # else the copy into the longer input costs more than a second product
         self.wide = self.weight.new_zeros(out, width + rank + padding)
         self.matrix = matrix(self.wide)

@@ -10,10 +10,16 @@ import kernels
 from tape import empty
 
 
+def unit(t: Tensor) -> int:
+    """What the width of t must be a multiple of for our own products to take it."""
+    return kernels.panel() if t.device.type == "cpu" and t.dtype == torch.float32 else 32
+
+
 def _fit(dtype: torch.dtype, *tensors: Tensor) -> bool:
-    """Whether our own products could take these: CPU, and every width a multiple of 32."""
+    """Whether our own products could take these."""
     return all(
-        t.dtype == dtype and t.device.type == "cpu" and t.shape[-1] % 32 == 0 and t.stride(-1) == 1 for t in tensors
+        t.dtype == dtype and t.device.type == "cpu" and t.shape[-1] % unit(t) == 0 and t.stride(-1) == 1
+        for t in tensors
     )
 
 
@@ -43,7 +49,7 @@ class Matrix:
         return x @ self.w.t() if bias is None else torch.addmm(bias, x, self.w.t())
 
     def backward(self, dy: Tensor, first: int = 0) -> Tensor:
-        """dy w: [N, out] -> [N, in], from column `first` on (a multiple of 32)."""
+        """dy w: [N, out] -> [N, in], from column `first` on (a multiple of `unit`)."""
         return dy @ self.w[:, first:]
 
 
@@ -103,7 +109,7 @@ def packs(w: Tensor) -> bool:
 def matrix(w: Tensor) -> Matrix:
     if packs(w):
         return TiledMatrix(w)
-    return FloatMatrix(w) if own_floats(w) and len(w) % 32 == 0 else Matrix(w)
+    return FloatMatrix(w) if own_floats(w) and len(w) % unit(w) == 0 else Matrix(w)
 
 
 def gradient(dy: Tensor, x: Tensor, out: Tensor | None = None, square: Tensor | None = None) -> Tensor:

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 import kernels
 from dropout import Draw, random_seeds
-from fused import FusedLayer
+from fused import FusedHead, FusedLayer
 from graphs import Passes, Pool
 from layers import DeviceAttention, DeviceLayer, Embedding, Head, Layer, Shape, Stream, total
 from linear import Arena, base_layer
 from tape import Tape, Workspace, empty, within
+from tiles import own_floats
 
 SITES = ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin", "ffn.lin1", "ffn.lin2")
 
@@ -191,9 +192,11 @@ class FastClassifier:
         dense = self.graphed and self.table.requires_grad
         self.arena = Arena(matrices, [self.table, *others] if dense else others, self.dtype)
         self.embedding = Embedding(self.arena, encoder.embeddings, config.dropout)
-        self.head = Head(self.arena, _head_modules(self.inner), config.seq_classif_dropout)
         blocks = encoder.transformer.layer
         self.compiled = kind_of_device == "cpu" and not self.graphed and kernels.library() is not None
+        heads = _head_modules(self.inner)
+        kind_of_head = FusedHead if self.compiled and own_floats(heads[0].weight) else Head
+        self.head = kind_of_head(self.arena, heads, config.seq_classif_dropout)
         width = config.dim // config.n_heads
         fused = self.graphed and not shared and DeviceAttention.runs(self.table.device, self.dtype, width)
         kind = DeviceLayer if fused else FusedLayer if self.compiled else Layer
@@ -201,7 +204,6 @@ class FastClassifier:
         for layer, successor in pairwise(self.layers):
             layer.successor = successor
         self.recordable = self.compiled and all(linear.recordable for layer in self.layers for linear in layer.linears)
-        self.tiled = self.recordable and self.dtype == torch.bfloat16
         self.replays: dict[tuple[int, int, bool, bool], Replay] = {}
         self.chunks: list[Tensor] = []  # the memory of all recordings, of which one is in use at a time
         self.seeds = torch.empty(Replay.SEEDS, 1, dtype=torch.int64)

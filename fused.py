@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import kernels
 from dropout import NOTHING, Draw, Dropout
 from first import FirstAttention, KeysValues
-from layers import Layer, Norm, Shape, Stream
+from layers import Head, Layer, Norm, Shape, Stream
 from linear import Arena, Linear, LoraLinear, base_layer
 from tape import empty
 from tiles import packs
@@ -24,18 +24,21 @@ class FusedLoraLinear(LoraLinear):
     def __init__(self, arena: Arena, modules: list[nn.Module]):
         super().__init__(arena, modules)
         self.joint = True  # whoever makes x writes it into the longer input
-        self.read_down()
 
-    def read_down(self) -> None:
-        """Have A as the way down reads it, and have that follow the weights: in fp32, padded to whole vectors."""
-        self.matrices = torch.zeros(len(self.parts), self.width, kernels.whole(self.r))
-        self.padded = torch.zeros(len(self.parts), self.r, kernels.whole(self.width))
-        self.arena.listeners.append(self.turn)
-        self.turn()
+    @cached_property
+    def matrices(self) -> Tensor:
+        """A as the way down reads it."""
+        return torch.zeros(len(self.parts), self.width, kernels.whole(self.r))
 
-    def turn(self) -> None:
-        self.matrices[:, :, : self.r] = self.wide_down.transpose(1, 2)
-        self.padded[:, :, : self.width] = self.wide_down
+    @cached_property
+    def padded(self) -> Tensor:
+        """A as the way back reads it."""
+        return torch.zeros(len(self.parts), self.r, kernels.whole(self.width))
+
+    def refresh(self) -> None:
+        kernels.call("lora_follow", self.wide.dtype, self.wide.shape[1], self.width, self.up[0].shape[0], self.r,
+                     len(self.parts), self.offsets, self.factors, self.up[0], self.wide, self.wide_down, self.matrices,
+                     self.padded)  # fmt: skip
 
     def buffer(self, n: int) -> tuple[Tensor, Tensor]:
         wide = empty(n, self.wide.shape[1], dtype=self.wide.dtype)
@@ -101,8 +104,9 @@ class TiledLoraLinear(FusedLoraLinear):
 
     way_down, way_up = "lora_down_tiles", "lora_up_gradient"
 
-    def read_down(self) -> None:
-        self.matrices = self.down
+    @property
+    def matrices(self) -> Tensor:
+        return self.down
 
     def refresh(self) -> None:
         each, matrix = self.up[0].shape[0], self.matrix
@@ -117,6 +121,23 @@ class TiledLoraLinear(FusedLoraLinear):
 def fused_lora(arena: Arena, modules: list[nn.Module]) -> FusedLoraLinear:
     weight = arena.view(arena.compute, [base_layer(modules[0]).weight])
     return (TiledLoraLinear if packs(weight) else FusedLoraLinear)(arena, modules)
+
+
+class FusedHead(Head):
+    """As `Head`, on CPU, a kernel each way."""
+
+    def forward(self, cls: Tensor, draw: Draw) -> tuple[Tensor, tuple]:
+        sizes, drop = (*cls.shape, len(self.w2)), draw.dropout(tuple(cls.shape), self.p, cls.device)
+        used, logits = torch.empty_like(cls), cls.new_empty(len(cls), len(self.w2))
+        kernels.call("head", cls.dtype, *sizes, cls, self.w1, self.b1, self.w2, self.b2, *drop, used, logits)
+        return logits, (sizes, cls, used, drop[-1])
+
+    def backward(self, dy: Tensor, saved: tuple) -> Tensor:
+        sizes, cls, used, scale = saved
+        dy, dx = dy.contiguous(), torch.empty_like(cls)
+        kernels.call("head_backward", cls.dtype, *sizes, cls, self.w1, self.w2, used, scale, dy, dx, self.dw1, self.db1,
+                     self.dw2, self.db2)  # fmt: skip
+        return dx
 
 
 class FusedLayer(Layer):

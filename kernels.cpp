@@ -298,6 +298,28 @@ static void column_sums(i64 n, i64 d, const T* x, float* to) {
     sums.put(to, 0, d);
 }
 
+// After a step: the columns of wide [out, columns] from `in` on become factors * B, block by block; and A [G, r, in] what
+// `lora_down` reads, [G, in, whole(r)], and `lora_backward`, [G, r, whole(in)].
+template <class T>
+static void lora_follow(i64 columns, i64 in, i64 each, i64 r, i64 groups, const i64* offsets, const float* factors,
+                        const T* B, T* wide, const float* A, float* down, float* back) {
+#pragma omp parallel
+    {
+#pragma omp for schedule(static) nowait
+        for (i64 i = 0; i < groups * each; i++) {
+            const i64 g = i / each;
+            T* to = wide + (offsets[g] + i % each) * columns + in + g * r;
+            for (i64 j = 0; j < r; j++) store(to[j], load(B[i * r + j]) * factors[g]);
+        }
+#pragma omp for schedule(static)
+        for (i64 i = 0; i < groups * in; i++)
+            for (i64 j = 0; j < r; j++) {
+                const i64 row = i / in * r + j, column = i % in;
+                down[i * whole(r) + j] = back[row * whole(in) + column] = A[row * in + column];
+            }
+    }
+}
+
 // x [n, d], rows ldx apart -> to, rows ldt apart.
 template <class T>
 static void cast(i64 n, i64 d, const float* x, i64 ldx, T* to, i64 ldt) {
@@ -317,19 +339,74 @@ static void add_first(i64 b, i64 l, i64 d, const T* x, i64 ldx, const float* fir
     }
 }
 
+// The head: used [b, d] = dropout(relu(x w1^T + b1)), logits [b, classes] = used w2^T + b2. d: a multiple of PANEL.
+static void head(i64 b, i64 d, i64 classes, const float* x, const float* w1, const float* b1, const float* w2,
+                 const float* b2, const int8_t* bits, const int8_t* limit, float scale, float* used, float* logits) {
+    const Dropout drop = {bits, limit, scale};
+    multiply_forward(b, d, d, x, d, w1, d, used);
+#pragma omp parallel
+    {
+        std::vector<float> keep(whole(d));
+#pragma omp for schedule(static)
+        for (i64 i = 0; i < b; i++) {
+            float* __restrict to = used + i * d;
+            drop.factors(d, i * d, keep.data());
+            for (i64 j = 0; j < d; j++) to[j] = std::max(to[j] + b1[j], 0.0f) * keep[j];
+            for (i64 c = 0; c < classes; c++) {
+                float sum = 0;
+#pragma omp simd reduction(+ : sum)
+                for (i64 j = 0; j < d; j++) sum += to[j] * w2[c * d + j];
+                logits[i * classes + c] = sum + b2[c];
+            }
+        }
+    }
+}
+
+// The gradient dy of the logits -> dx [b, d] and, where they are wanted, those of the weights. Where `used` is 0, relu or
+// dropout let nothing through.
+static void head_backward(i64 b, i64 d, i64 classes, const float* x, const float* w1, const float* w2,
+                          const float* used, float scale, const float* dy, float* dx, float* dw1, float* db1,
+                          float* dw2, float* db2) {
+    std::vector<float> dh(b * d);
+#pragma omp parallel
+    {
+#pragma omp for schedule(static) nowait
+        for (i64 i = 0; i < b; i++)
+            for (i64 j = 0; j < d; j++) {
+                float sum = 0;
+                for (i64 c = 0; c < classes; c++) sum += dy[i * classes + c] * w2[c * d + j];
+                dh[i * d + j] = used[i * d + j] > 0 ? sum * scale : 0.0f;
+            }
+#pragma omp for schedule(static)
+        for (i64 c = 0; c < classes; c++) {
+            if (dw2) std::fill_n(dw2 + c * d, d, 0.0f);
+            float sum = 0;
+            for (i64 i = 0; i < b; i++) {
+                const float from = dy[i * classes + c];
+                sum += from;
+                for (i64 j = 0; dw2 && j < d; j++) dw2[c * d + j] += from * used[i * d + j];
+            }
+            if (db2) db2[c] = sum;
+        }
+    }
+    multiply_backward(b, d, d, dh.data(), d, w1, d, dx);
+    if (dw1) gradient_floats(b, d, d, dh.data(), d, x, d, dw1);
+    if (db1) column_sums(b, d, dh.data(), db1);
+}
+
 // In the order of kernels.SIGNATURES.
 template <class T>
 static const Entry* table() {
     static const Entry all[] = {
         entry<add_norm<T>>(), entry<add_norm_backward<T>>(), entry<gelu<T>>(), entry<gelu_backward<T>>(),
         entry<attend<T>>(), entry<attend_backward<T>>(), entry<lora_down<T>>(), entry<lora_backward<T>>(),
-        entry<column_sums<T>>(), entry<square_sum<T>>(), entry<draw>(), entry<adamw<T>>(), entry<adamw_packed<T>>(),
-        entry<adamw_rows>(), entry<adamw_skipped>(), entry<tiles_allowed>(), entry<panel>(), entry<pack_weight>(),
-        entry<multiply>(), entry<gradient>(), entry<lora_down_tiles>(), entry<lora_up_gradient>(), entry<lora_backward_tiles>(),
-        entry<lora_refresh>(), entry<attend_first<T>>(), entry<attend_first_backward<T>>(),
-        entry<attend_first_gradient<T>>(), entry<multiply_forward>(),
+        entry<lora_follow<T>>(), entry<column_sums<T>>(), entry<square_sum<T>>(), entry<draw>(), entry<adamw<T>>(),
+        entry<adamw_packed<T>>(), entry<adamw_rows>(), entry<adamw_skipped>(), entry<tiles_allowed>(), entry<panel>(),
+        entry<pack_weight>(), entry<multiply>(), entry<gradient>(), entry<lora_down_tiles>(),
+        entry<lora_up_gradient>(), entry<lora_backward_tiles>(), entry<lora_refresh>(), entry<attend_first<T>>(),
+        entry<attend_first_backward<T>>(), entry<attend_first_gradient<T>>(), entry<multiply_forward>(),
         entry<multiply_backward>(), entry<gradient_floats>(), entry<lora_up_gradient_floats>(), entry<cast<T>>(),
-        entry<add_first<T>>(), entry<replay>()};
+        entry<add_first<T>>(), entry<head>(), entry<head_backward>(), entry<replay>()};
     return all;
 }
 

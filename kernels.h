@@ -10,7 +10,7 @@
 #include <vector>
 
 #include <omp.h>
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -207,6 +207,21 @@ static inline void turn(__m512i* r) {
         r[i + 8] = _mm512_shuffle_i32x4(s[i], s[i + 8], 0xdd);
     }
 }
+#elif defined(__AVX2__)
+// Transposes 8 x 8 words.
+static inline void turn(__m256* r) {
+    __m256 s[8];
+    for (int i = 0; i < 8; i += 2)
+        s[i] = _mm256_unpacklo_ps(r[i], r[i + 1]), s[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    for (int i = 0; i < 8; i += 4) {
+        r[i] = _mm256_shuffle_ps(s[i], s[i + 2], 0x44), r[i + 1] = _mm256_shuffle_ps(s[i], s[i + 2], 0xee);
+        r[i + 2] = _mm256_shuffle_ps(s[i + 1], s[i + 3], 0x44), r[i + 3] = _mm256_shuffle_ps(s[i + 1], s[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; i++) {
+        s[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20), s[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
+    }
+    std::copy_n(s, 8, r);
+}
 #endif
 
 // [rows, d], rows of whole vectors, as [d, rows], rows ldt apart. Both have room for whole vectors either way.
@@ -218,6 +233,14 @@ static void transpose(i64 rows, i64 d, const float* __restrict from, float* __re
             for (int k = 0; k < 16; k++) r[k] = _mm512_loadu_si512(from + (i + k) * whole(d) + j);
             turn(r);
             for (int k = 0; k < 16; k++) _mm512_storeu_si512(to + (j + k) * ldt + i, r[k]);
+        }
+#elif defined(__AVX2__)
+    for (i64 i = 0; i < rows; i += 8)
+        for (i64 j = 0; j < d; j += 8) {
+            __m256 r[8];
+            for (int k = 0; k < 8; k++) r[k] = _mm256_loadu_ps(from + (i + k) * whole(d) + j);
+            turn(r);
+            for (int k = 0; k < 8; k++) _mm256_storeu_ps(to + (j + k) * ldt + i, r[k]);
         }
 #else
     for (i64 i = 0; i < rows; i++)

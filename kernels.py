@@ -39,6 +39,7 @@ SIGNATURES = {  # i: int64, p: pointer, f: float; in the order of kernels.cpp's 
     "attend_backward": "iiiii" + "ppppppp" + "ppf" + "ppippp",
     "lora_down": "iiiipip" + "ppf" + "pii",
     "lora_backward": "iiiipip" + "ppf" + "ppip",
+    "lora_follow": "iiiiippppppp",
     "column_sums": "iipp",
     "square_sum": "ip",
     "draw": "pipiiip",
@@ -64,6 +65,8 @@ SIGNATURES = {  # i: int64, p: pointer, f: float; in the order of kernels.cpp's 
     "lora_up_gradient_floats": "iiiipppipip",
     "cast": "iipipi",
     "add_first": "iii" + "pippip",
+    "head": "iii" + "ppppp" + "ppf" + "pp",
+    "head_backward": "iiippppfpppppp",
     "replay": "ip",
 }
 RESULTS = {"square_sum": ctypes.c_double, "tiles_allowed": ctypes.c_bool, "panel": ctypes.c_int64}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -140,7 +141,7 @@ class Arena:
         return self.squares[list(self.packed).index(place)] if place in self.packed else None
 
     def _versions(self) -> int:
-        return sum(p._version for p in self.params)
+        return sum(map(attrgetter("_version"), self.params))
 
     def sync(self, copied: bool = False) -> None:
         """Refresh the bf16 copy once a step, where autocast casts at every use. copied: the optimiser did it."""

@@ -262,18 +262,16 @@ class FastAdamW(torch.optim.Optimizer):
         for rule, group in zip(self.rules, (self.param_groups[0], self.param_groups[-1])):
             rule.copy_(kernel_rule(self.steps, group, scale))
         if key in self.tapes:
-            self.tapes[key].replay()
-            self.arena.settle()
-            return
+            return self.tapes[key].replay()
         tape = Tape()
-        with tape.recording() if self.fast.tiled else contextlib.nullcontext():
+        with tape.recording() if self.fast.recordable else contextlib.nullcontext():
             for at, part, matrix in pieces:
                 rule, copy = self.rules[int(at.stop > self.arena.decayed_size)], matrix
                 if matrix is None and self.arena.compute is not self.arena.flat:
                     copy = self.arena.compute[at]
                 compiled_adamw(self.arena.flat[at], part, self.m[at], self.v[at], rule, copy)
             self.arena.sync(copied=True)
-        if self.fast.tiled:
+        if self.fast.recordable:
             self.tapes[key] = tape
 
     def flush(self) -> None:

@@ -15,7 +15,8 @@ from test_fast import adapted, batch, tiny
 import device
 import kernels
 from fast import FastClassifier
-from layers import Layer
+from fused import FusedHead
+from layers import Head, Layer
 from tiles import FloatMatrix, gradient, matrix
 
 compiled = pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
@@ -72,6 +73,7 @@ def test_a_step_is_that_of_the_layers_in_pytorch(monkeypatch, make, precision):
     found = []
     for one in (model, other):
         fast = FastClassifier(one, precision)
+        assert type(fast.head) is (FusedHead if one is model else Head)
         torch.manual_seed(1)
         loss = F.cross_entropy(fast(ids, lengths), labels)
         loss.backward()
@@ -79,6 +81,7 @@ def test_a_step_is_that_of_the_layers_in_pytorch(monkeypatch, make, precision):
         found.append((loss.detach(), {n: p.grad.clone() for n, p in one.named_parameters() if p.grad is not None}))
         # the second model in PyTorch, but with the kernel's random bytes
         monkeypatch.setattr("fast.FusedLayer", Layer)
+        monkeypatch.setattr("fast.FusedHead", Head)
     (loss, grads), (expected, reference) = found
     if precision == "fp32":
         assert loss.item() == pytest.approx(expected.item(), rel=1e-5)

@@ -39,7 +39,7 @@ def steps(model: torch.nn.Module, precision: str, replays: bool, parts: int, pre
     model = copy.deepcopy(model).train()
     fast = FastClassifier(model, precision, prefix)
     assert fast.recordable
-    fast.recordable, fast.tiled = replays, fast.tiled and replays
+    fast.recordable = replays
     optimizer, losses = FastAdamW(fast, lr=1e-2), []
     for step, (b, length) in enumerate(SHAPES):
         optimizer.zero_grad()

@@ -70,6 +70,9 @@ def made_whole(path: Path) -> Iterator[Path]:
                 left.unlink()
     try:
         yield scratch
+        if scratch.is_file():  # on the disk before it has its name: a power cut would leave one with holes
+            with scratch.open("rb+") as file:
+                os.fsync(file.fileno())
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from config import Interrupted, UserError
 from device import wait_for_everyone
+from packaged import flush
 
 KEEP = 2  # the newest, and one to fall back on
 SHORTEST_INTERVAL_S, COST_SHARE = 60.0, 0.01
@@ -173,15 +174,6 @@ def _step(folder: Path) -> int:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def flush(path: Path) -> None:
-    """To the disk: without it a power cut can leave a renamed but empty file."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _pack(value: Any, tensors: dict[str, torch.Tensor], path: str) -> Any:

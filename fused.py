@@ -27,17 +27,17 @@ class FusedLoraLinear(LoraLinear):
 
     @cached_property
     def matrices(self) -> Tensor:
-        """A as the way down reads it."""
+        """A as the way down reads it, filled up to whole vectors: [G, in, whole(r)], fp32."""
         return torch.zeros(len(self.parts), self.width, kernels.whole(self.r))
 
     @cached_property
     def padded(self) -> Tensor:
-        """A as the way back reads it."""
+        """A as the way back reads it: [G, r, whole(in)], fp32."""
         return torch.zeros(len(self.parts), self.r, kernels.whole(self.width))
 
     def refresh(self) -> None:
         kernels.call("lora_follow", self.wide.dtype, self.wide.shape[1], self.width, self.up[0].shape[0], self.r,
-                     len(self.parts), self.offsets, self.factors, self.up[0], self.wide, self.wide_down, self.matrices,
+                     len(self.parts), self.offsets, self.factors, self.ups, self.wide, self.wide_down, self.matrices,
                      self.padded)  # fmt: skip
 
     def buffer(self, n: int) -> tuple[Tensor, Tensor]:
@@ -49,7 +49,7 @@ class FusedLoraLinear(LoraLinear):
         n, h = len(wide), wide[:, self.width :]
         drop = draw.dropout((len(self.parts), n, self.width), self.p, wide.device, len(self.parts))
         kernels.call(self.way_down, wide.dtype, n, self.width, self.r, len(self.parts), wide, wide.stride(0),
-                     self.matrices, *drop, h, wide.stride(0), h.shape[1] - self.block.shape[1])  # fmt: skip
+                     self.matrices, *drop, h, wide.stride(0), h.shape[1] - len(self.parts) * self.r)  # fmt: skip
         return drop
 
     def forward(self, wide: Tensor, draw: Draw, bias: bool = True) -> tuple[Tensor, tuple]:
@@ -111,7 +111,7 @@ class TiledLoraLinear(FusedLoraLinear):
     def refresh(self) -> None:
         each, matrix = self.up[0].shape[0], self.matrix
         kernels.call("lora_refresh", self.wide.dtype, *self.wide.shape, self.width, each, self.r, len(self.parts),
-                     self.offsets, self.factors, self.up[0], self.wide, matrix.packed, matrix.packed_back)  # fmt: skip
+                     self.offsets, self.factors, self.ups, self.wide, matrix.packed, matrix.packed_back)  # fmt: skip
 
     def down_gradients(self, wide: Tensor, drop: Dropout, dh: Tensor, dx: Tensor | None) -> None:
         kernels.call("lora_backward_tiles", wide.dtype, len(wide), self.width, self.r, len(self.parts), wide,

@@ -298,26 +298,18 @@ static void column_sums(i64 n, i64 d, const T* x, float* to) {
     sums.put(to, 0, d);
 }
 
-// After a step: the columns of wide [out, columns] from `in` on become factors * B, block by block; and A [G, r, in] what
-// `lora_down` reads, [G, in, whole(r)], and `lora_backward`, [G, r, whole(in)].
+// `lora_extend`, and A [G, r, in] becomes what `lora_down` reads, [G, in, whole(r)], and `lora_backward`, [G, r,
+// whole(in)].
 template <class T>
 static void lora_follow(i64 columns, i64 in, i64 each, i64 r, i64 groups, const i64* offsets, const float* factors,
                         const T* B, T* wide, const float* A, float* down, float* back) {
-#pragma omp parallel
-    {
-#pragma omp for schedule(static) nowait
-        for (i64 i = 0; i < groups * each; i++) {
-            const i64 g = i / each;
-            T* to = wide + (offsets[g] + i % each) * columns + in + g * r;
-            for (i64 j = 0; j < r; j++) store(to[j], load(B[i * r + j]) * factors[g]);
+    lora_extend(columns, in, each, r, groups, offsets, factors, B, wide);
+#pragma omp parallel for schedule(static)
+    for (i64 i = 0; i < groups * in; i++)
+        for (i64 j = 0; j < r; j++) {
+            const i64 row = i / in * r + j, column = i % in;
+            down[i * whole(r) + j] = back[row * whole(in) + column] = A[row * in + column];
         }
-#pragma omp for schedule(static)
-        for (i64 i = 0; i < groups * in; i++)
-            for (i64 j = 0; j < r; j++) {
-                const i64 row = i / in * r + j, column = i % in;
-                down[i * whole(r) + j] = back[row * whole(in) + column] = A[row * in + column];
-            }
-    }
 }
 
 // x [n, d], rows ldx apart -> to, rows ldt apart.

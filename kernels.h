@@ -186,6 +186,7 @@ static void gather(i64 rows, i64 d, const T* __restrict from, i64 ld, const floa
         for (i64 j = 0; j < d; j++) to[i * whole(d) + j] = (load(from[i * ld + j]) + shift[j]) * scale;
 }
 #ifdef __AVX512F__
+typedef __m512i Words;
 // Transposes 16 x 16 words.
 static inline void turn(__m512i* r) {
     __m512i s[16];
@@ -208,6 +209,7 @@ static inline void turn(__m512i* r) {
     }
 }
 #elif defined(__AVX2__)
+typedef __m256 Words;
 // Transposes 8 x 8 words.
 static inline void turn(__m256* r) {
     __m256 s[8];
@@ -217,30 +219,21 @@ static inline void turn(__m256* r) {
         r[i] = _mm256_shuffle_ps(s[i], s[i + 2], 0x44), r[i + 1] = _mm256_shuffle_ps(s[i], s[i + 2], 0xee);
         r[i + 2] = _mm256_shuffle_ps(s[i + 1], s[i + 3], 0x44), r[i + 3] = _mm256_shuffle_ps(s[i + 1], s[i + 3], 0xee);
     }
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < 4; i++)
         s[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20), s[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
-    }
     std::copy_n(s, 8, r);
 }
 #endif
 
 // [rows, d], rows of whole vectors, as [d, rows], rows ldt apart. Both have room for whole vectors either way.
 static void transpose(i64 rows, i64 d, const float* __restrict from, float* __restrict to, i64 ldt) {
-#ifdef __AVX512F__
-    for (i64 i = 0; i < rows; i += WIDTH)
-        for (i64 j = 0; j < d; j += WIDTH) {
-            __m512i r[16];
-            for (int k = 0; k < 16; k++) r[k] = _mm512_loadu_si512(from + (i + k) * whole(d) + j);
+#ifdef __AVX2__
+    for (i64 i = 0; i < rows; i += LANES)
+        for (i64 j = 0; j < d; j += LANES) {
+            Words r[LANES];
+            for (i64 k = 0; k < LANES; k++) r[k] = (Words)*(const vec*)(from + (i + k) * whole(d) + j);
             turn(r);
-            for (int k = 0; k < 16; k++) _mm512_storeu_si512(to + (j + k) * ldt + i, r[k]);
-        }
-#elif defined(__AVX2__)
-    for (i64 i = 0; i < rows; i += 8)
-        for (i64 j = 0; j < d; j += 8) {
-            __m256 r[8];
-            for (int k = 0; k < 8; k++) r[k] = _mm256_loadu_ps(from + (i + k) * whole(d) + j);
-            turn(r);
-            for (int k = 0; k < 8; k++) _mm256_storeu_ps(to + (j + k) * ldt + i, r[k]);
+            for (i64 k = 0; k < LANES; k++) *(vec*)(to + (j + k) * ldt + i) = (vec)r[k];
         }
 #else
     for (i64 i = 0; i < rows; i++)

@@ -5,7 +5,7 @@ Shapes: N tokens, D width, r rank.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from operator import attrgetter
 
@@ -221,7 +221,6 @@ class LoraLinear(Linear):
         super().__init__(arena, modules)
         self.read_adapters(modules)
         rank, (out, width) = len(self.parts) * self.r, self.weight.shape
-        self.block = self.weight.new_zeros(out, rank)  # scaling * B of each part, block by block
         self.width, padding = width, -rank % unit(self.weight)
         self.joint = width <= out  # else the copy into the longer input costs more than a second product
         self.wide = self.weight.new_zeros(out, width + rank + padding)
@@ -253,6 +252,11 @@ class LoraLinear(Linear):
         out = self.up[0].shape[0]
         for g, i in enumerate(self.parts):
             yield g, slice(i * out, (i + 1) * out), slice(g * self.r, (g + 1) * self.r)
+
+    @cached_property
+    def block(self) -> Tensor:
+        """scaling * B of each part, block by block: [out, G r]."""
+        return self.weight.new_zeros(len(self.weight), len(self.parts) * self.r)
 
     def reload(self) -> None:
         self.wide[:, : self.width] = self.weight

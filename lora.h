@@ -5,6 +5,18 @@
 
 #include "products.h"
 
+// After a step: the columns of wide [out, columns] from `in` on become factors * B, block by block. B: [G each, r].
+template <class T>
+static void lora_extend(i64 columns, i64 in, i64 each, i64 r, i64 groups, const i64* offsets, const float* factors,
+                        const T* B, T* wide) {
+#pragma omp parallel for schedule(static)
+    for (i64 i = 0; i < groups * each; i++) {
+        const i64 g = i / each;
+        T* to = wide + (offsets[g] + i % each) * columns + in + g * r;
+        for (i64 j = 0; j < r; j++) store(to[j], load(B[i * r + j]) * factors[g]);
+    }
+}
+
 #ifdef TILES
 static const i64 GROUPS = 3;  // adapters of one call at most: q, k and v
 
@@ -205,15 +217,10 @@ static void lora_backward_tiles(i64 n, i64 in, i64 r, i64 groups, const bf16* x,
     lora_down_gradient(n, in, r, groups, x, ldx, drop, dh, ldd, dA);
 }
 
-// After a step: the columns of wide [out, columns] from `in` on become factors * B, block by block, and are packed.
+// The same, and those columns are packed.
 static void lora_refresh(i64 out, i64 columns, i64 in, i64 each, i64 r, i64 groups, const i64* offsets,
                          const float* factors, const bf16* B, bf16* wide, bf16* forward, bf16* backward) {
-#pragma omp parallel for schedule(static)
-    for (i64 i = 0; i < groups * each; i++) {
-        const i64 g = i / each;
-        bf16* to = wide + (offsets[g] + i % each) * columns + in + g * r;
-        for (i64 j = 0; j < r; j++) store(to[j], load(B[i * r + j]) * factors[g]);
-    }
+    lora_extend(columns, in, each, r, groups, offsets, factors, B, wide);
     pack_weight(out, columns, in, wide, forward, backward);
 }
 #else

@@ -60,6 +60,15 @@ def cache_dir() -> Path:
     return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("distilbert-sentiment", appauthor=False))
 
 
+def flush(path: Path) -> None:
+    """To the disk: without it a power cut can leave a renamed but empty file."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @contextlib.contextmanager
 def made_whole(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to, moved there in the end: a file that is found is whole. Gone after an error."""
@@ -70,9 +79,7 @@ def made_whole(path: Path) -> Iterator[Path]:
                 left.unlink()
     try:
         yield scratch
-        if scratch.is_file():  # on the disk before it has its name: a power cut would leave one with holes
-            with scratch.open("rb+") as file:
-                os.fsync(file.fileno())
+        flush(scratch)
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)

@@ -50,8 +50,8 @@ class Tiles {
 // What follows depends on the registers: `tiles_allowed`, `shape_tiles` before products and `release_tiles` behind them,
 // `block`: out [32, 32] = a [rows, k] b, where b are two neighbouring columns of tiles and the rows of a are lda apart,
 // or, PACKED, tiles of 16 (tiles are filled up with zeros where k is no multiple of 32); `ahead`: what the next block
-// reads as b, unless null, if it is to be fetched meanwhile; and
-// `skinny`: out [16, 16] = a b, both as tiles down the inner dimension.
+// reads as b, unless null, if it is to be fetched meanwhile; and `skinny`: out [16, 16] = a b, both as tiles down the
+// inner dimension.
 #ifdef __AMX_BF16__
 // Linux gives a process the registers when asked.
 static bool tiles_allowed() {

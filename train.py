@@ -22,12 +22,13 @@ from tqdm.auto import tqdm
 
 import models
 import runs
-from checkpoint import Checkpoints, GracefulStop, flush, newest_whole
+from checkpoint import Checkpoints, GracefulStop, newest_whole
 from config import Interrupted, TrainConfig, UserError
 from data import Batch, TokenSplit, epoch_steps
 from device import PeakMemory, main_process_first, wait_for_everyone
 from engine import Engine, FastEngine, make_engine, predict_probabilities
 from metrics import score, score_with_intervals
+from packaged import flush
 from prefix import with_prefix
 from tape import Workspace
 from tracking import Logger

@@ -105,13 +105,17 @@ def tokens_at_once(device: torch.device) -> int:
 
 
 def device_name(device: torch.device) -> str:
-    """cuda: the card's name, and how many runs a sweep lets share it; cpu: the processor's, as the system gives it, and
-    the number of threads."""
+    """cuda: the card's name; cpu: the processor's, as the system gives it, and the number of threads. Behind it, how
+    many runs a sweep lets share the machine: their times say nothing about a run alone."""
+    notes = [f"{torch.get_num_threads()} threads"] if device.type == "cpu" else []
+    if (at_once := int(os.environ.get("RUNS_AT_ONCE", "1"))) > 1:
+        notes.append(f"{at_once} runs at once")
+    name = device.type
     if device.type == "cuda":
-        at_once = int(os.environ.get("RUNS_AT_ONCE", "1"))
-        return torch.cuda.get_device_name(device) + f" ({at_once} runs at once)" * (at_once > 1)
-    name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
-    return f"{name} ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
+        name = torch.cuda.get_device_name(device)
+    elif device.type == "cpu":
+        name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
+    return name + f" ({', '.join(notes)})" * bool(notes)
 
 
 class PeakMemory:

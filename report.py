@@ -309,7 +309,7 @@ def across_blocks(compared: list[tuple[Comparison, float]]) -> list[Block]:
 
 
 def cost_blocks(group: list[Cell], scores: dict[tuple, dict[str, stats.Scores]], draw: Gallery) -> list[Block]:
-    """Time, memory, parameters, beside quality; of runs that shared a GPU only where none ran alone."""
+    """Time, memory, parameters, beside quality; of runs that shared a machine only where none ran alone."""
     goal = np.floor(100 * max(cell.val("accuracy") for cell in group) - 1) / 100
     head = (
         "cell",

@@ -147,8 +147,8 @@ def test_a_sweep_runs_skips_resumes_and_tries_again(swept, tmp_path):
     assert listed.stdout.count("| to do | unknown |") == 3 and not (tmp_path / "runs").exists()
     first = finished(whole)
     assert len(first) == 3 and "[3/3]" in said and "nothing left to train" in said
-    threads = {read_json(path)["device"] for path in whole.glob("*/config.json")}
-    assert all(device.endswith(f"({max(1, os.cpu_count() // 2)} threads)") for device in threads)
+    devices = {read_json(path)["device"] for path in whole.glob("*/config.json")}
+    assert all(device.endswith(f"({max(1, os.cpu_count() // 2)} threads, 2 runs at once)") for device in devices)
 
     root = shutil.copytree(whole, tmp_path / "runs" / "grid")
     killed, kept, broken = sorted(path.parent for path in root.glob("*/config.json"))

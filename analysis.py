@@ -70,13 +70,14 @@ def mistakes(cell: Cell) -> Table:
 
 def time_to(cell: Cell, accuracy: float) -> str:
     """Seconds of training after which validation accuracy first reached `accuracy`: the median over the seeds that
-    did, and how many did."""
+    did, and how many did. What fills a cache is spent before the first epoch."""
     found = []
     for run in cell.runs:
         epochs = [e for e, value in zip(run.curve["epoch"], run.curve["val/accuracy"]) if value >= accuracy]
         if epochs:
             share = epochs[0] / run.config["epochs"] if run.method != "baseline" else 1
-            found.append(share * run.facts["train_seconds"])
+            before = run.facts.get("cache_seconds") or 0.0
+            found.append(before + share * (run.facts["train_seconds"] - before))
     if not found:
         return "never"
     return f"{np.median(found):,.0f}" + (f" ({len(found)} of {len(cell.runs)})" if len(found) < len(cell.runs) else "")

@@ -1,5 +1,6 @@
 """The linear baseline: LinearSVC on frozen embeddings, with the records of a fine-tuned run."""
 
+import contextlib
 import hashlib
 import sys
 import time
@@ -22,7 +23,7 @@ import fast
 import models
 import packaged
 import runs
-from config import TrainConfig
+from config import TrainConfig, say
 from data import Batch, TokenSplit, sorted_batches
 from device import PeakMemory, tokens_at_once
 from metrics import score_with_intervals
@@ -40,12 +41,16 @@ def run_baseline(config: TrainConfig, source: models.ModelSource) -> Path:
     memory, started = PeakMemory(job.accelerator.device, job.model), time.perf_counter()
     features, labels = {}, {name: split.labels for name, split in job.splits.items()}
     for name in job.splits:
-        content = f"{job.splits[name].key}|{record['model']['fingerprint']}|{job.arithmetic}"
+        content = f"{job.splits[name].key}|{record['model']['fingerprint']}|{job.cache_key}"
         content += "" if record["pooling"] == "cls" else "|mean"
         features[name] = cached_embeddings(job, name, content, record["pooling"])
+    embedded = time.perf_counter() - started
     classifier, best_c = fit(features, labels, config.class_weights)
     weight, bias = linear_map(classifier, job.data.num_classes)
-    scale = fit_scale(features["validation"] @ weight.T + bias, labels["validation"])
+    known = np.isin(labels["validation"], labels["train"])  # a class that none was trained on has no scores to scale
+    if not known.all():
+        say(f"note: {np.count_nonzero(~known)} validation rows are of classes that --limit left without a training row")
+    scale = fit_scale(features["validation"][known] @ weight.T + bias, labels["validation"][known])
     weight, bias = weight * scale, bias * scale
     seconds = time.perf_counter() - started
 
@@ -60,6 +65,7 @@ def run_baseline(config: TrainConfig, source: models.ModelSource) -> Path:
         "trainable_parameters": weight.size + bias.size,
         "total_parameters": weight.size + bias.size + sum(p.numel() for p in job.model.base_model.parameters()),
         "train_seconds": seconds,
+        "cache_seconds": embedded,
         "samples_per_second": len(labels["train"]) / seconds,
         "memory_before_training_bytes": memory.start,
         "peak_memory_bytes": memory.peak(),
@@ -81,7 +87,8 @@ def cached_embeddings(job: runs.Job, name: str, content: str, pooling: str) -> n
     """`embeddings` of a split, kept in the cache under the hash of what they were made from."""
     file = packaged.cache_dir() / "embeddings" / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.npy"
     if file.exists():
-        return np.load(file, mmap_mode="r")
+        with contextlib.suppress(ValueError, EOFError):  # a damaged file is made again
+            return np.load(file, mmap_mode="r")
     device = job.accelerator.device
     found = embeddings(job.model, job.splits[name], device, job.precision, pooling, name)
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -198,6 +198,7 @@ class TrainConfig:
         counts = "limit lora_r lora_layers epochs batch_size gradient_accumulation_steps save_every workers"
         for low, names in ((0, "seed"), (1, counts), (3, "max_length")):
             self._require(names, low.__le__, f"a whole number of at least {low}")
+        self._require("lora_r", lambda rank: rank <= 65_536, "at most 65536")  # more than any layer is wide
         self._require("lr lora_alpha", lambda value: 0 < value < math.inf, "a number above 0")
         self._require("weight_decay max_grad_norm", lambda value: 0 <= value < math.inf, "a number of at least 0")
         self._require("lora_dropout warmup_ratio", lambda value: 0 <= value <= 0.99, "a number from 0 to 0.99")
@@ -298,13 +299,15 @@ def parse_args(argv: list[str] | None = None) -> TrainConfig:
     """Command line -> `TrainConfig`. Exits with code 2 and one line on stderr where a flag is wrong."""
     parser = build_parser()
     words = list(sys.argv[1:] if argv is None else argv)
-    end = words.index("--") if "--" in words else len(words)  # what is behind it are texts
-    values = vars(parser.parse_args([*map(_with_underscores, words[:end]), *words[end:]]))
+    end = words.index("--") if "--" in words else len(words)
+    values, behind = vars(parser.parse_args([_with_underscores(word) for word in words[:end]])), words[end + 1 :]
     chosen = {mode: values.pop(mode) for mode in MODES}  # now values holds what was given, and TrainConfig the defaults
     mode = next((mode for mode in MODES if chosen[mode] not in (None, False)), None)
     named = chosen.get(mode)  # --predict and --report: several; --merge, --sync and --sweep: one; the rest: none
     runs = tuple(named) if isinstance(named, list) else (named,) if isinstance(named, str) else ()
-    runs, texts = (runs[:1], runs[1:]) if mode == "predict" else (runs, ())
+    runs, texts = (runs[:1], (*runs[1:], *behind)) if mode == "predict" else (runs, ())
+    if behind and mode != "predict":  # argparse would take a text that begins with - for a flag
+        parser.error(f"-- is for texts behind --predict RUN, got {' '.join(behind)!r}")
     asked = {"mode": mode, "runs": runs, "texts": texts}
     asked["given"] = ",".join(values) if mode == "sweep" else ""
     run = values.get("resume")

@@ -116,16 +116,22 @@ class TokenSplit:
 
 
 def load_data(
-    dataset: str | None, dataset_dir: str | None, limit: int | None, seed: int, columns: Columns = USUAL
+    dataset: str | None,
+    dataset_dir: str | None,
+    limit: int | None,
+    seed: int,
+    columns: Columns = USUAL,
+    from_package: bool = False,
 ) -> TextData:
     """Find, read and check a data set; `limit` keeps a seeded random draw of the training rows.
 
-    columns: the text and the label column, where the user named them.
+    columns: the text and the label column, where the user named them; from_package: the default is the packaged one,
+    whatever the hub says.
     Raises UserError where it cannot be found or read.
     """
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    name, kind, source, raw = _read(dataset, dataset_dir, columns)
+    name, kind, source, raw = _read(dataset, dataset_dir, columns, from_package)
     known = KNOWN.get(name.removesuffix(" (packaged)"))
     notes: list[str] = []
     if "train" not in raw:
@@ -152,7 +158,7 @@ def _fingerprint(rows: datasets.Dataset) -> str:
 
 
 def _read(
-    dataset: str | None, dataset_dir: str | None, columns: Columns
+    dataset: str | None, dataset_dir: str | None, columns: Columns, from_package: bool
 ) -> tuple[str, str, str, dict[str, datasets.Dataset]]:
     """(name, kind, source, splits of text and label): the user's files, else the hub, else the packaged default."""
     name = dataset or DEFAULT_DATASET
@@ -167,18 +173,22 @@ def _read(
         raise UserError(f"--dataset: expected a file, a folder or a data set's name, found nothing at {name}")
     hub_id = KNOWN[name].hub_id if name in KNOWN else name
     try:
-        raw = datasets.load_dataset(hub_id)
+        raw = {} if from_package else datasets.load_dataset(hub_id)
     except Exception as error:  # the hub's clients raise errors of many libraries, some of them no OSError
-        if dataset is None:
-            packaged.announce(packaged.REVIEWS_NAME, packaged.REVIEWS_WHEEL)
-            splits = _read_files(packaged.reviews_folder(), columns)
-            return packaged.REVIEWS_NAME, "packaged", packaged.REVIEWS_WHEEL.requirement, splits
-        raise UserError(_hub_failure("dataset", name, error)) from error
+        if dataset is not None:
+            raise UserError(_hub_failure("dataset", name, error)) from error
+        packaged.announce(packaged.REVIEWS_NAME, packaged.REVIEWS_WHEEL)
+        from_package = True
+    if from_package:
+        splits = _read_files(packaged.reviews_folder(), columns)
+        return packaged.REVIEWS_NAME, "packaged", packaged.REVIEWS_WHEEL.requirement, splits
     source = f"{hub.endpoint()}/datasets/{hub_id}"
     splits = {}
-    for split in set(raw) & {*SPLIT_NAMES.values()}:
+    for split in (split for split in raw if split in SPLIT_NAMES):
+        if SPLIT_NAMES[split] in splits:
+            raise UserError(f"{source}: expected one {SPLIT_NAMES[split]} split, found {brief(list(raw))}")
         chosen = choose_columns(raw[split].column_names, f"{source} ({split})", columns)
-        splits[split] = _named(raw[split].select_columns(list(chosen)))
+        splits[SPLIT_NAMES[split]] = _named(raw[split].select_columns(list(chosen)))
     return name, "hub", source, splits
 
 
@@ -191,30 +201,55 @@ def _hub_failure(what: str, name: str, error: Exception) -> str:
 
 
 def _read_files(path: Path, columns: Columns) -> dict[str, datasets.Dataset]:
-    """A file is one split called train; a folder holds files named after their splits."""
-    files: dict[str, list[Path]] = {}
-    if (path / "data").is_dir():  # as in a clone of a hub repository
-        path = path / "data"
+    """A file is one split called train; a folder holds files named after their splits, see `_split_files`."""
     try:
         seen = sorted(path.iterdir()) if path.is_dir() else [path]
+        files = _split_files(seen) if path.is_dir() else {"train": [path]} if path.suffix.lower() in ENDINGS else {}
+        if not files and (path / "data").is_dir():  # as in a clone of a hub repository
+            path = path / "data"
+            files = _split_files(seen := sorted(path.iterdir()))
     except OSError as error:
         raise UserError(f"--dataset {path}: cannot be read: {error.strerror}") from error
-    for file in seen:
-        split = re.match(r"(?:train|validation|valid|val|dev|test)(?![a-z])", file.name.lower())
-        if file.suffix.lower() in ENDINGS and (split or file == path):
-            files.setdefault(SPLIT_NAMES[split[0]] if split and file != path else "train", []).append(file)
     endings = {file.suffix.lower() for some in files.values() for file in some}
     if "train" not in files or len(endings) != 1:
         expected = f"one file ({' '.join(ENDINGS)}) or a folder of train, validation and test files of one kind"
         raise UserError(f"--dataset {path}: expected {expected}, found {brief([file.name for file in seen])}")
     splits = {}
     for split, some in files.items():
+        tables = [read_file(file, columns) for file in some]
+        if len(names := {tuple(table.column_names) for table in tables}) > 1:
+            raise UserError(f"{path} ({split}): expected files with the same columns, found {brief(sorted(names))}")
         try:
-            table = pa.concat_tables([read_file(file, columns) for file in some], promote_options="permissive")
+            table = pa.concat_tables(tables, promote_options="permissive")
         except pa.ArrowException as error:
             raise UserError(f"{path} ({split}): expected files with the same columns: {brief(str(error))}") from error
         splits[split] = _named(datasets.Dataset(table, fingerprint="unused"))  # its own would hash every text
     return splits
+
+
+def _split_files(seen: list[Path]) -> dict[str, list[Path]]:
+    """The files of each split: the one that has its name (`test.csv`), else its numbered parts
+    (`test-00000-of-00002.parquet`), else the one whose name begins so (`test_set.csv`).
+
+    UserError where several could be meant: read together, they would count rows twice.
+    """
+    kinds: dict[str, dict[str, list[Path]]] = {}
+    for file in seen:
+        named = re.match(r"(train|validation|valid|val|dev|test)(?![a-z])(.*)", file.stem.lower())
+        if named and file.suffix.lower() in ENDINGS:
+            part = re.fullmatch(r"[-_.]?\d+([-_.]of[-_.]\d+)?(-[0-9a-f]+)?", named[2])
+            kind = "named" if not named[2] else "numbered" if part else "begins so"
+            kinds.setdefault(SPLIT_NAMES[named[1]], {}).setdefault(kind, []).append(file)
+    found = {}
+    for split, some in kinds.items():
+        kind = next(kind for kind in ("named", "numbered", "begins so") if kind in some)
+        if kind != "numbered" and len(some[kind]) > 1:
+            raise UserError(
+                f"{seen[0].parent} ({split}): expected one file, or numbered parts of one, found "
+                f"{brief([file.name for file in some[kind]])}"
+            )
+        found[split] = some[kind]
+    return found
 
 
 def _named(rows: datasets.Dataset) -> datasets.Dataset:

@@ -1,6 +1,8 @@
 """The machine a run is on: its accelerator, its arithmetic, its name, and the memory the run takes of it."""
 
 import contextlib
+import functools
+import hashlib
 import os
 import platform
 import sys
@@ -94,6 +96,15 @@ def arithmetic(device: torch.device, precision: str) -> str:
     if device.type == "cpu" and kernels.library():
         by = ["compiled products", *(["amx" if _capable("amx_bf16") else "tiles"] if kernels.tiles() else [])]
     return "|".join([precision, device.type, torch.__version__, *by])
+
+
+@functools.cache
+def code_hash() -> str:
+    """Of this program's own files: what an earlier version has cached may be what it had computed wrong."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".py", ".cpp", ".h")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def tokens_at_once(device: torch.device) -> int:

@@ -96,11 +96,11 @@ def identity(config: dict[str, Any]) -> tuple:
     return tuple((key, value) for key, value in values.items() if key not in NOT_COMPUTED)
 
 
-def cell_names(configs: list[dict[str, Any]]) -> list[str]:
-    """What a reader would call each config, seeds aside: `LoRA r16 a64 5e-4`, with more fields where two cells would
-    have one name."""
-    plain = [_plain_name(config) for config in configs]
-    cells = [{key: value for key, value in identity(config) if key != "seed"} for config in configs]
+def cell_names(configs: list[dict[str, Any]], aside: tuple[str, ...] = ("seed",)) -> list[str]:
+    """What a reader would call each config, some fields aside: `LoRA r16 a64 5e-4`, with more fields where two that
+    differ would have one name."""
+    plain = [plain_name(config, "lr" not in aside) for config in configs]
+    cells = [{key: value for key, value in identity(config) if key not in aside} for config in configs]
     names = []
     for name, cell in zip(plain, cells):
         alike = [other for other, other_name in zip(cells, plain) if other_name == name]
@@ -109,14 +109,15 @@ def cell_names(configs: list[dict[str, Any]]) -> list[str]:
     return names
 
 
-def _plain_name(config: dict[str, Any]) -> str:
+def plain_name(config: dict[str, Any], with_lr: bool = False) -> str:
+    """The method's name, with or without its learning rate: `LoRA r16 a64`."""
     if config["mode"] == "baseline":
         return "baseline"
-    lr = f"{Decimal(str(config['lr'])).normalize():e}"
+    lr = f" {Decimal(str(config['lr'])).normalize():e}" * with_lr
     if not config["peft"]:
-        return f"full {lr}"
+        return f"full{lr}"
     layers = f" last {config['lora_layers']}" if config.get("lora_layers") else ""
-    return f"LoRA r{config['lora_r']} a{config['lora_alpha']:g}{layers} {lr}"
+    return f"LoRA r{config['lora_r']} a{config['lora_alpha']:g}{layers}{lr}"
 
 
 def command_words(config: TrainConfig) -> list[str]:
@@ -145,7 +146,7 @@ def _expand(table: dict[str, Any], given: dict[str, Any], where: str) -> list[Tr
         if not some:
             raise UserError(f"{where}: {key}: expected a value or a list of values, found an empty list")
         if key == "method":
-            wrong = [one for one in some if one not in METHODS]
+            wrong = [one for one in some if not isinstance(one, str) or one not in METHODS]
             if wrong:
                 raise UserError(f"{where}: method: expected one of {', '.join(METHODS)}, found {wrong[0]!r}")
             axes[key] = some

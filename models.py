@@ -51,16 +51,31 @@ def find_model(name: str | None) -> ModelSource:
     location = HUB_IDS.get(wanted, wanted)
     try:
         config = _read_config(location, wanted)
+        if name is None:
+            _fetch_whole(location)
     except UserError:
         if name is not None:
             raise
         packaged.announce(packaged.ENCODER_NAME, packaged.ENCODER_WHEEL)
-        folder = str(packaged.encoder_folder())
-        source = packaged.ENCODER_WHEEL.requirement
-        config = _read_config(folder, folder)
-        return ModelSource(packaged.ENCODER_NAME, "packaged", source, folder, config, packaged.ENCODER_LICENSE)
+        return packaged_model()
     revision = extract_commit_hash(cached_file(location, "config.json"), None)
     return ModelSource(wanted, "hub", f"{hub.endpoint()}/{location}@{revision}", location, config, _license(location))
+
+
+def packaged_model() -> ModelSource:
+    """The packaged encoder, whatever the hub says: what a run that began on it goes on with."""
+    folder = str(packaged.encoder_folder())
+    source, config = packaged.ENCODER_WHEEL.requirement, _read_config(folder, folder)
+    return ModelSource(packaged.ENCODER_NAME, "packaged", source, folder, config, packaged.ENCODER_LICENSE)
+
+
+def _fetch_whole(location: str) -> None:
+    """UserError where the cache has a part of the model and the hub does not give the rest."""
+    try:
+        for file in ("tokenizer.json", "model.safetensors"):
+            cached_file(location, file)
+    except Exception as error:  # the hub's clients' many kinds
+        raise UserError(f"--model {location}: {first_line(error)}") from error
 
 
 def _license(location: str) -> str | None:
@@ -69,7 +84,7 @@ def _license(location: str) -> str | None:
         card = Path(cached_file(location, "README.md")).read_text(encoding="utf-8")
     except Exception:  # no card, or the hub's clients' many errors: nothing depends on it
         return None
-    found = re.search(r"\A---\n(?:.*\n)*?license: *([\w.-]+)", card)
+    found = re.search(r"\A---\n(?:(?!---).*\n)*?license: *([\w.-]+)", card)
     return found[1] if found else None
 
 
@@ -117,6 +132,9 @@ def load_classifier(source: ModelSource, label_names: tuple[str, ...]) -> nn.Mod
     The head is drawn from torch's generator, but where the checkpoint has one of that size: then training goes on
     from it. UserError where the checkpoint cannot be read, or its head has another number of classes.
     """
+    if (Path(source.location) / "adapter_config.json").exists():  # transformers would put it on, and freeze the rest
+        plain = "python main.py --merge RUN writes plain weights to RUN/merged"
+        raise UserError(f"--model {source.name}: it is a LoRA run's adapter; {plain}")
     names = dict(enumerate(label_names))
     try:
         model, found = AutoModelForSequenceClassification.from_pretrained(

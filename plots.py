@@ -213,21 +213,24 @@ def calibration_error(cell: Cell) -> float:
 
 @styled
 def confusion(cell: Cell) -> Figure:
-    """True against predicted class: rows a run, mean over seeds, and their share of the true class."""
+    """True against predicted class: rows a run, mean over seeds, and their share of the true class. Above twenty
+    classes the shares alone, as colours: there is room for no more."""
     names = cell.first.data["labels"]
+    few = len(names) <= 20
     counts = np.zeros((len(names), len(names)))
     for run in cell.runs:
         np.add.at(counts, (run.rows.labels, run.predicted), 1 / len(cell.runs))
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    figure, axes = plt.subplots(figsize=(1.8 + 1.1 * len(names), 1.6 + 0.95 * len(names)))
+    figure, axes = plt.subplots(figsize=(1.8 + 1.1 * len(names), 1.6 + 0.95 * len(names)) if few else (8, 7.5))
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for row, column in np.ndindex(counts.shape):
+    for row, column in np.ndindex(counts.shape) if few else ():
         shade = "white" if shares[row, column] > 0.7 else "black"
         text = f"{counts[row, column]:.0f}\n{shares[row, column]:.1%}"
         axes.text(column, row, text, ha="center", va="center", color=shade)
-    ticks = range(len(names))
-    axes.set_xticks(ticks, names)
-    axes.set_yticks(ticks, names, rotation=90, va="center")
+    if few:
+        ticks = range(len(names))
+        axes.set_xticks(ticks, names)
+        axes.set_yticks(ticks, names, rotation=90, va="center")
     axes.set(xlabel="predicted", ylabel="true")
     axes.grid(visible=False)
     return figure

@@ -123,7 +123,10 @@ class RayPool:
         self.at_once, self.ray, self.refs = workers * len(machines), ray, []
         # No retries: a failed run is listed, and tried again by the next call.
         self.remote = ray.remote(num_cpus=cpus, num_gpus=min(1.0, gpus), max_retries=0)(run_command)
-        self.env = {"OMP_NUM_THREADS": str(cpus), "RUNS_AT_ONCE": str(max(1, int(1 / gpus + 1e-6)) if gpus else 1)}
+        self.env = {
+            "OMP_NUM_THREADS": str(cpus),
+            "RUNS_AT_ONCE": str(max(1, int(1 / gpus + 1e-6)) if gpus else workers),
+        }
 
     def submit(self, command: list[str], log: Path) -> Future:
         """See Pool."""
@@ -143,7 +146,8 @@ class RayPool:
 
 
 class ForwardSignals:
-    """While it is open, Ctrl-C and SIGTERM go to the pool; `number` is the signal's, or 0."""
+    """While it is open, the first Ctrl-C or SIGTERM goes to the pool; `number` is the signal's, or 0. A second one
+    would end the runs without their checkpoints."""
 
     def __init__(self, pool: Pool) -> None:
         self.pool, self.number = pool, 0
@@ -153,6 +157,8 @@ class ForwardSignals:
         return self
 
     def _note(self, number: int, _: Any) -> None:
+        if self.number:
+            return
         self.number = number
         os.write(2, b"stopping the runs after their step\n")  # print may be busy just now
         self.pool.stop(number)

@@ -61,7 +61,7 @@ class SavedRun:
         """(tokenizer, model in fp32). UserError where they are damaged."""
         try:
             source = models.find_model(str(self.folder))
-            tokenizer, _ = models.load_tokenizer(source, None)
+            tokenizer, _ = models.load_tokenizer(source, self.record["max_length"])
             return tokenizer, models.load_saved(source, self.label_names)
         except UserError as error:
             raise self.error(str(error).removeprefix("--model model: ")) from error
@@ -72,8 +72,10 @@ def open_saved(run: str, flag: str) -> SavedRun:
     path = Path(run)
     try:
         saved = SavedRun(path, flag, json.loads((path / "config.json").read_text(encoding="utf-8")))
-        if not (saved.label_names and saved.record["method"] and saved.record["max_length"]):
+        if not (saved.label_names and saved.record["method"] and saved.record["config"]["precision"]):
             raise KeyError("method")
+        if not isinstance(saved.record["max_length"], int):
+            raise TypeError(f"max_length is {saved.record['max_length']!r}")
     except OSError as error:
         raise UserError(f"--{flag}: expected a run folder with its config.json, got {run!r}") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -207,7 +209,11 @@ def merge(config: TrainConfig) -> Path:
         try:
             models.save_model(model, tokenizer, scratch, card)
             os.chmod(scratch, 0o755)  # noqa: PTH101, S103 - a temporary folder is private, a model is not
-            scratch.rename(folder)
+            try:
+                scratch.rename(folder)
+            except OSError:
+                if not folder.exists():  # else another process has merged it meanwhile
+                    raise
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     print(f"merged weights: {folder}")

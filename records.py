@@ -7,7 +7,8 @@ and `rows-*.json` what it needs of the test rows, once for all runs that share t
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from grid import cell_names, identity
 
 FORMAT = 1
 FACTS = ("best_epoch", "trainable_parameters", "total_parameters", "train_seconds", "samples_per_second")
-FACTS += ("memory_before_training_bytes", "peak_memory_bytes", "precision", "device", "git_commit")
+FACTS += ("cache_seconds", "memory_before_training_bytes", "peak_memory_bytes", "precision", "device", "git_commit")
 CURVES = ("val/loss", "val/accuracy", "val/precision", "val/recall", "val/f1")
 # Where a run found its model and data. Which they are is told by their names and fingerprints.
 PLACES = ("dataset", "dataset_dir", "model")
@@ -59,9 +60,17 @@ class Run:
 
     @property
     def cell(self) -> tuple:
-        """The same for runs that differ in their seed alone."""
-        places = {"dataset": self.data["fingerprints"]["test"], "model": self.model["fingerprint"]}
+        """The same for runs that differ in their seed alone. Where --limit draws the training rows by the seed, all
+        draws are taken to be of the same rows."""
+        found = self.data["fingerprints"]
+        rows = (*((found["train"],) if self.config["limit"] is None else ()), found["validation"], found["test"])
+        places = {"dataset": rows, "model": self.model["fingerprint"]}
         return tuple((key, value) for key, value in identity({**self.config, **places}) if key != "seed")
+
+    @property
+    def method_key(self) -> tuple:
+        """`cell` but for the learning rate: each method is judged at its best one."""
+        return tuple((key, value) for key, value in self.cell if key != "lr")
 
     @property
     def machine(self) -> str:
@@ -79,6 +88,7 @@ class Cell:
     """The runs of one configuration on one test set, one a seed."""
 
     name: str
+    method: str  # the name without the learning rate
     runs: tuple[Run, ...]
     repeats: tuple[Run, ...] = ()  # of a seed on another machine: they count for costs, not for quality
 
@@ -94,7 +104,7 @@ class Cell:
     def on(self, machine: str) -> "Cell | None":
         """Its runs on one machine; None if there are none. Costs compare only there."""
         runs = tuple(run for run in (*self.runs, *self.repeats) if run.machine == machine)
-        return Cell(self.name, runs) if runs else None
+        return replace(self, runs=runs, repeats=()) if runs else None
 
     def val(self, key: str) -> float:
         """The mean over the seeds of a validation metric, each at its run's best epoch."""
@@ -141,7 +151,7 @@ def group_cells(runs: list[Run]) -> tuple[list[list[Cell]], list[str]]:
     again: dict[int, list[Run]] = {}  # by the id of the cell's dict of seeds
     repeats = []
     for run in runs:
-        test = (run.data["name"], run.data["fingerprints"]["test"], run.model["name"], run.model["fingerprint"])
+        test = (run.data["name"], run.data["fingerprints"]["test"], run.model["fingerprint"])
         seeds = groups.setdefault(test, {}).setdefault(run.cell, {})
         if run.seed in seeds:
             repeats.append(run.name)
@@ -152,15 +162,36 @@ def group_cells(runs: list[Run]) -> tuple[list[list[Cell]], list[str]]:
     for test in sorted(groups):
         cells = [tuple(seeds[seed] for seed in sorted(seeds)) for seeds in groups[test].values()]
         others = [tuple(again.get(id(seeds), ())) for seeds in groups[test].values()]
-        names = cell_names([some[0].config for some in cells])
+        firsts = [some[0] for some in cells]
+        names = _told_apart(cell_names([run.config for run in firsts]), firsts, [run.cell for run in firsts])
+        methods = cell_names([run.config for run in firsts], ("seed", "lr"))
+        methods = _told_apart(methods, firsts, [run.method_key for run in firsts])
         order = ("baseline", "full", "lora")
         keys = [
             (order.index(some[0].method), some[0].config.get("lora_layers") or 99, some[0].config["lora_r"])
             + (some[0].config["lr"], name)
             for some, name in zip(cells, names)
         ]
-        done.append([Cell(names[at], cells[at], others[at]) for at in sorted(range(len(cells)), key=keys.__getitem__)])
+        places = sorted(range(len(cells)), key=keys.__getitem__)
+        done.append([Cell(names[at], methods[at], cells[at], others[at]) for at in places])
     return done, repeats
+
+
+def _told_apart(names: list[str], runs: list[Run], keys: list[tuple]) -> list[str]:
+    """`names`, with the fingerprint of the training rows behind those that several keys share: such runs have the same
+    config, and the rows behind its data set have changed."""
+    kinds = {name: {key for other, key in zip(names, keys) if other == name} for name in names}
+    return [
+        f"{name} train {run.data['fingerprints']['train'][:6]}" if len(kinds[name]) > 1 else name
+        for name, run in zip(names, runs)
+    ]
+
+
+def timed_alone(machines: Iterable[str]) -> list[str]:
+    """Those of the machines that a run had to itself (see device.device_name); where there are none, all: the times of
+    runs that shared one say nothing about a run alone."""
+    machines = sorted(set(machines))
+    return [machine for machine in machines if "runs at once" not in machine] or machines
 
 
 def export(runs: list[Run], folder: Path) -> list[Path]:
@@ -217,7 +248,14 @@ def _from_record(file: Path, rows: dict[str, Rows]) -> Run:
         rows[fingerprint] = Rows(fingerprint, labels, words, np.asarray(stored["negated"], bool), None)
     predicted, confidence = np.asarray(content["predicted"]), np.asarray(content["confidence"]) / 10_000
     values = {field: content[field] for field in _AS_THEY_ARE}
-    return Run(**values, predicted=predicted, confidence=confidence, rows=rows[fingerprint])
+    return _whole(Run(**values, predicted=predicted, confidence=confidence, rows=rows[fingerprint]))
+
+
+def _whole(run: Run) -> Run:
+    """`run`. ValueError where it has more or fewer predictions than test rows."""
+    if not len(run.predicted) == len(run.confidence) == len(run.rows.labels):
+        raise ValueError(f"{len(run.predicted)} predictions of {len(run.rows.labels)} test rows")
+    return run
 
 
 def _from_folder(folder: Path, rows: dict[str, Rows]) -> Run:
@@ -236,7 +274,7 @@ def _from_folder(folder: Path, rows: dict[str, Rows]) -> Run:
         )
     epochs = [line for line in metrics if "val/loss" in line]
     curve = {key: [float(line[key]) for line in epochs] for key in ("epoch", *CURVES)}
-    return Run(
+    run = Run(
         folder.name,
         {key: value for key, value in identity(result["config"]) if key not in PLACES},
         result["method"],
@@ -250,6 +288,7 @@ def _from_folder(folder: Path, rows: dict[str, Rows]) -> Run:
         np.array([round(line["probability"], 4) for line in predictions]),
         rows[fingerprint],
     )
+    return _whole(run)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -1,7 +1,9 @@
 """`--report`: tables, pictures and verdicts, made from the records of finished runs alone."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain, count
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,8 @@ import claims
 import plots
 import stats
 from config import DEFAULT_DATASET, TrainConfig, UserError, say
-from records import Cell, export, group_cells, read_runs
+from grid import plain_name
+from records import Cell, export, group_cells, read_runs, timed_alone
 from render import Block, Gallery, html, markdown
 
 METRICS = ("accuracy", "precision")
@@ -30,7 +33,7 @@ def report(config: TrainConfig) -> None:
         say(f"wrote {len(export(runs, Path(config.export)))} records to {config.export}")
     groups, repeats = group_cells(runs)
     if repeats:
-        say(f"the first run of a cell and seed counts; for costs on other devices also {', '.join(repeats)}")
+        say(f"the first run of a cell and seed counts; others, on other machines and for costs: {', '.join(repeats)}")
     blocks = build(groups, folder)
     text = markdown(blocks)
     (folder / "report.md").write_text(text, encoding="utf-8")
@@ -75,26 +78,24 @@ def score_cells(group: list[Cell]) -> dict[tuple, dict[str, stats.Scores]]:
         part = slice(start, start + len(cell.runs))
         start = part.stop
         done[cell.first.key] = {
-            name: stats.Scores(some.observed[part], some.resampled[:, part]) for name, some in found.items()
+            name: stats.Scores(some.observed[part], some.resampled[:, part], cell.first.method != "baseline")
+            for name, some in found.items()
         }
     return done
 
 
-def variant_name(cell: Cell) -> str:
-    """The cell's method without its learning rate, such as `LoRA r16 a64`; one colour in the pictures."""
-    words = cell.name.split()
-    lr = 1 if words[0] == "full" else next((at for at, word in enumerate(words) if "e-" in word), len(words))
-    return " ".join(words[:lr] + words[lr + 1 :])
-
-
-def best_cells(group: list[Cell]) -> dict[str, Cell]:
-    """Each method's best learning rate by mean validation accuracy."""
+def best_cells(cells: Iterable[Cell], name: Callable[[Cell], str] = attrgetter("method")) -> dict[str, Cell]:
+    """Each method's best learning rate by mean validation accuracy; with another `name`, the best cell of that."""
     best: dict[str, Cell] = {}
-    for cell in group:
-        name = variant_name(cell)
-        if name not in best or cell.val("accuracy") > best[name].val("accuracy"):
-            best[name] = cell
+    for cell in cells:
+        if (key := name(cell)) not in best or cell.val("accuracy") > best[key].val("accuracy"):
+            best[key] = cell
     return best
+
+
+def _most_accurate(cells: Iterable[Cell]) -> Cell:
+    """By mean validation accuracy."""
+    return max(cells, key=lambda cell: cell.val("accuracy"))
 
 
 @dataclass(frozen=True)
@@ -111,15 +112,19 @@ class Comparison:
 def comparisons(group: list[Cell], scores: dict[tuple, dict[str, stats.Scores]]) -> list[Comparison]:
     """Each method at its best rate against full fine-tuning at its own (without one, the best of all)."""
     best = best_cells(group)
-    top = max(best.values(), key=lambda cell: cell.val("accuracy"))
-    reference = best.get("full", top)
+    top = _most_accurate(best.values())
+    reference = _most_accurate([cell for cell in best.values() if cell.first.method == "full"] or [top])
     others = [cell for cell in best.values() if cell is not reference]
     return [compare(cell, reference, metric, scores) for metric in METRICS for cell in others]
 
 
 def across(groups: list[list[Cell]], scores: dict[tuple, dict[str, stats.Scores]]) -> list[Comparison]:
-    """The same method trained on other rows and tested on the same ones, each at its best rate there: every data set
-    against the one of those rows that has the most runs."""
+    """The same method trained on other rows and tested on the same ones, each at its best there, be it by its rate, its
+    epochs or its rows: every data set against the one of those rows that has the most runs."""
+
+    def best(group: list[Cell]) -> dict[str, Cell]:
+        return best_cells(group, lambda cell: plain_name(cell.first.config))
+
     tests: dict[tuple[str, str], list[list[Cell]]] = {}
     for group in groups:
         first = group[0].first
@@ -127,12 +132,12 @@ def across(groups: list[list[Cell]], scores: dict[tuple, dict[str, stats.Scores]
     found = []
     for some in tests.values():
         most = max(some, key=lambda group: sum(len(cell.runs) for cell in group))
-        best = best_cells(most)
+        there = best(most)
         pairs = [
-            (cell, best[name])
+            (cell, there[name])
             for group in some
-            for name, cell in best_cells(group).items()
-            if group is not most and name in best
+            for name, cell in best(group).items()
+            if group is not most and name in there
         ]
         found += [compare(*pair, metric, scores) for pair in pairs for metric in METRICS]
     return found
@@ -163,16 +168,17 @@ def sentence(one: Comparison, p: float) -> str:
     )
     lone = [c.name for c in (one.cell, one.reference) if len(c.runs) == 1 and c.first.method != "baseline"]
     caveat = f" But {' and '.join(lone)} ran with one seed, which says nothing about others." if lone else ""
+    power = f"with {difference.seeds[0]} and {difference.seeds[1]} seeds this set detects {detectable(difference)}; "
     return (
-        f"{name} {said} (difference {value:+z.1f}, 95% interval {low:+z.1f} to {high:+z.1f}; with "
-        f"{difference.seeds[0]} and {difference.seeds[1]} seeds this set detects {detectable(difference)}; "
-        f"p {p:.3g} after Holm)."
-        f"{caveat}"
+        f"{name} {said} (difference {value:+z.1f}, 95% interval {low:+z.1f} to {high:+z.1f}; "
+        f"{power * (difference.detectable is not None)}p {p:.3g} after Holm).{caveat}"
     )
 
 
 def detectable(difference: stats.Difference) -> str:
     """In points. There is no difference above 100: then the seeds are too few for any."""
+    if difference.detectable is None:
+        return "unknown"
     return "none (>100)" if difference.detectable > 1 else f"{100 * difference.detectable:.1f}"
 
 
@@ -193,7 +199,7 @@ def verdict_blocks(findings: dict[int, list[claims.Finding]], cell: Cell) -> lis
         rows.append((f"**{claim.number}**", claim.text, f"**{claims.verdict(some)}**", "", "", f"`{claim.command}`"))
         rows += [("", finding.text, finding.verdict, finding.evidence, finding.seeds, "") for finding in some]
     text = (
-        f"About {cell.first.model['name']}, and no other encoder. The rules were fixed before the runs (`claims.py`). "
+        f"About {cell.first.model['name']}, and no other encoder. The rules, and when each was made: `claims.py`. "
         "To repeat a study with DistilBERT: its command with `--model distilbert-base-uncased`."
     )
     head = ("", "claim", "verdict", "evidence", "seeds", "command")
@@ -209,7 +215,7 @@ def group_blocks(
     """All that is said about one data set and one encoder."""
     data, model = group[0].first.data, group[0].first.model
     best = best_cells(group)
-    top = max(best.values(), key=lambda cell: cell.val("accuracy"))
+    top = _most_accurate(best.values())
     devices = ", ".join(sorted({run.machine for c in group for run in c.runs}))
     rows = " / ".join(f"{data['rows'][split]:,}" for split in ("validation", "test"))
     about = (
@@ -255,9 +261,9 @@ def comparison_blocks(compared: list[tuple[Comparison, float]], draw: Gallery) -
         return []
     text = (
         "Each method at the learning rate that was best for it on validation, against the same reference. p is from "
-        "the interval's own draws (seeds and rows), corrected by Holm for all differences of this report; McNemar's is "
-        "exact for each seed, combined as twice the mean, uncorrected, and about these runs alone. Detectable: the "
-        "true difference that would be found in 80% of repetitions."
+        "the interval's own draws (seeds and rows), corrected by Holm for all differences of this report outside the "
+        "verdicts; McNemar's is exact for each seed, combined as twice the mean, uncorrected, and about these runs "
+        "alone. Detectable: the true difference that would be found in 80% of repetitions."
     )
     rows = [(one.cell.name, one.reference.name, *numbers(one, p)) for one, p in compared]
     figure = plots.forest(
@@ -300,7 +306,7 @@ def across_blocks(compared: list[tuple[Comparison, float]]) -> list[Block]:
         + numbers(one, p)
         for one, p in compared
     ]
-    text = "Data sets with the same test rows: the same method, each at its best rate by its own validation rows."
+    text = "Data sets with the same test rows: the same method, each at its best by its own validation rows."
     return [
         Block("heading", "Other training rows, the same test rows", 2),
         Block("text", text),
@@ -320,36 +326,37 @@ def cost_blocks(group: list[Cell], scores: dict[tuple, dict[str, stats.Scores]],
         "added by training (MB)",
     )
     head += (f"s to {goal:.2f} val. accuracy",)
-    devices = sorted({run.machine for cell in group for run in (*cell.runs, *cell.repeats)})
-    devices = [device for device in devices if "runs at once" not in device] or devices  # see device.device_name
+    devices = timed_alone(run.machine for cell in group for run in (*cell.runs, *cell.repeats))
     several = len(devices) > 1
     timed = [cell.on(device) for cell in group for device in devices]
     rows = []
     for cell in filter(None, timed):
         peak, before = cell.fact("peak_memory_bytes"), cell.fact("memory_before_training_bytes")
         row = [cell.name, f"{cell.fact('trainable_parameters'):,.0f}", f"{cell.fact('train_seconds'):,.0f}"]
+        if (filling := cell.fact("cache_seconds") or 0) >= 0.5:  # how much depends on what earlier runs have left there
+            row[-1] += f" ({filling:,.0f} of it filled a cache)"
         row += [f"{cell.fact('samples_per_second'):,.0f}", f"{peak / 1e6:,.0f}"]
         row.append("-" if before is None else f"{(peak - before) / 1e6:,.0f}")
         row += [analysis.time_to(cell, float(goal)), *([cell.first.machine] * several)]
         rows.append(tuple(row))
-    # One device for the pictures: that of the most methods.
-    chosen = max(devices, key=lambda name: len({variant_name(cell) for cell in group if cell.on(name)}))
-    points = {"time": "train_seconds", "parameters": "trainable_parameters"}
-    labels = {"time": "training time (s, log scale)", "parameters": "trained parameters (log scale)"}
-    named = {id(cell) for cell in best_cells(group).values()}
     head += ("device",) * several
     blocks = [Block("heading", "Cost", 3), Block("table", head=head, rows=tuple(rows))]
-    for name, key in points.items():
+    # One device for the times: that of the most methods.
+    chosen = max(devices, key=lambda name: len({cell.method for cell in group if cell.on(name)}))
+    here = [cell for cell in group if cell.on(chosen)]
+    of_time = [(cell, cell.on(chosen).fact("train_seconds")) for cell in here]
+    of_parameters = [(cell, cell.fact("trainable_parameters")) for cell in group]
+    for name, label, costs, where in (
+        ("time", "training time (s, log scale)", of_time, f" of those that ran on {chosen}" * several),
+        ("parameters", "trained parameters (log scale)", of_parameters, ""),
+    ):
+        named = {id(cell) for cell in best_cells(cell for cell, _ in costs).values()}
         spots = []
-        for cell in group:
-            if not (there := cell.on(chosen)):
-                continue
+        for cell, cost in costs:
             got = stats.estimate(scores[cell.first.key]["accuracy"])
-            place = (variant_name(cell), cell.name, there.fact(key), got.mean, got.low, got.high)
-            spots.append((*place, id(cell) in named))
-        caption = f"Test accuracy (95% interval) against {labels[name]}; each method's best rate is named"
-        caption += f"; runs on {chosen}." if several else "."
-        blocks.append(draw(f"accuracy_{name}", plots.against(spots, labels[name], "test accuracy"), caption))
+            spots.append((cell.method, cell.name, cost, got.mean, got.low, got.high, id(cell) in named))
+        caption = f"Test accuracy (95% interval) against {label}; each method's best rate{where} is named."
+        blocks.append(draw(f"accuracy_{name}", plots.against(spots, label, "test accuracy"), caption))
     return blocks
 
 

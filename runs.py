@@ -25,9 +25,10 @@ from torch import nn
 
 import hub
 import models
+import packaged
 from config import NEWEST, TrainConfig, UserError, say
 from data import TextData, TokenSplit, load_data
-from device import arithmetic, device_name, main_process_first, open_device, take_fsdp
+from device import arithmetic, code_hash, device_name, main_process_first, open_device, take_fsdp
 from readers import Columns, brief
 from tokens import Cutter, tokenize
 from tracking import Logger, NullLogger, open_logger
@@ -52,20 +53,26 @@ class Job:
     model: nn.Module
 
     @property
-    def arithmetic(self) -> str:
-        """See device.arithmetic."""
-        return arithmetic(self.accelerator.device, self.precision)
+    def cache_key(self) -> str:
+        """What, beside its weights and its input, decides what the encoder gives: for the keys of caches."""
+        aside = {"_name_or_path", "transformers_version", "architectures", "id2label", "label2id", "dtype"}
+        config = {key: value for key, value in self.source.config.to_dict().items() if key not in aside}
+        text = json.dumps(config, sort_keys=True, default=str)
+        return f"{arithmetic(self.accelerator.device, self.precision)}|{code_hash()}|{text}"
 
 
 def prepare(config: TrainConfig, source: models.ModelSource) -> Job:
     """Load everything the run needs. Nothing is written but caches, and nothing is said but what is wrong."""
     _check_writable(config.output_dir)
+    if _began_packaged(config, "model"):
+        source = models.packaged_model()
     tokenizer, max_length = models.load_tokenizer(source, config.max_length)
     sharded = take_fsdp()
     accelerator, precision = open_device(config.device, config.precision)
     with main_process_first(accelerator):
         columns = Columns(config.text_column, config.label_column)
-        data = load_data(config.dataset, config.dataset_dir, config.limit, config.seed, columns)
+        here = config.dataset, config.dataset_dir, config.limit, config.seed
+        data = load_data(*here, columns, _began_packaged(config, "data"))
         splits, cut = tokenize(data, Cutter(tokenizer, max_length, config.truncation))
         for note in cut:
             accelerator.print(f"warning: {note}", file=sys.stderr, flush=True)
@@ -192,9 +199,19 @@ def find_resumable(config: TrainConfig) -> TrainConfig | None:
 
 def _stored_config(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["config"]
+        stored = json.loads(path.read_text(encoding="utf-8"))["config"]
     except (OSError, ValueError, KeyError, TypeError):
         return {}
+    return stored if isinstance(stored, dict) else {}
+
+
+def _began_packaged(config: TrainConfig, what: str) -> bool:
+    """Whether the run that is resumed began on the packaged "model" or "data": it goes on with it, though the hub
+    answers now."""
+    if not config.resume:
+        return False
+    stored = json.loads((Path(config.resume) / "config.json").read_text(encoding="utf-8"))
+    return isinstance(found := stored.get(what), dict) and found.get("kind") == "packaged"
 
 
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:
@@ -206,8 +223,14 @@ def check_same(record: dict[str, Any], run_dir: Path) -> None:
     """A run is continued on the model, the data and the number of processes that it began with, or not at all."""
     stored = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
     for key in ("model", "data", "max_length", "precision", "processes", "engine"):
-        if found := _difference(key, stored.get(key), record[key]):
+        if found := _difference(key, _without_origin(stored.get(key)), _without_origin(record[key])):
             raise UserError(f"--resume {run_dir}: its {found}")
+
+
+def _without_origin(value: Any) -> Any:
+    """A record of a model or of data without where it came from: names and fingerprints decide whether it is the same,
+    and a repository on the hub has another revision after every change of its card."""
+    return {k: v for k, v in value.items() if k not in ("source", "license")} if isinstance(value, dict) else value
 
 
 def _difference(name: str, was: Any, now: Any) -> str | None:
@@ -299,7 +322,8 @@ def _git_commit() -> str | None:
 
 
 def write_outcome(job: Job, run_dir: Path, result: dict[str, Any], probabilities: np.ndarray) -> None:
-    """predictions.jsonl (one test row a line), the picture, then result.json: it marks a finished run."""
+    """predictions.jsonl (one test row a line), the picture, then result.json: it marks a finished run, whose files are
+    on the disk."""
     names = job.data.label_names
     with (run_dir / "predictions.jsonl").open("w", encoding="utf-8") as file:
         texts, labels = job.data.splits["test"]["text"], job.splits["test"].labels
@@ -316,6 +340,8 @@ def write_outcome(job: Job, run_dir: Path, result: dict[str, Any], probabilities
         from plots import draw_curves  # here, since matplotlib takes a second to import
 
         draw_curves(run_dir, result["best_epoch"])
+    for file in (run_dir / "predictions.jsonl", run_dir / "metrics.jsonl", *(run_dir / "model").iterdir()):
+        packaged.flush(file)
     write_json(run_dir / "result.json", result)
     print(summary(result))
     print(f"run folder: {run_dir}")

@@ -123,16 +123,21 @@ def _csv(file: Path, choose: Choose) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def _json(file: Path, choose: Choose, text_column: str | None) -> Iterator[tuple[dict[str, Any], str]]:
-    column = text_column
+    column, names, seen = text_column, [], text_column is None
     for line, row in json_rows(file):
         where = f"{file}, line {line}"
         if row and column is None:
             column = choose(list(row), where)
+        names, seen = list(row) or names, seen or column in row
+        if not seen and line == WINDOW_ROWS:
+            break
         _check_free(row, where)
         text = row.get(column) if row else None
         if not isinstance(text, str | None) or unpaired(text):
             raise UserError(f"{where}: expected a text under {column!r}, found {brief(text)}")
         yield row, text or ""
+    if not seen:  # a row may lack the column that the user named, but not all of them
+        choose(names, str(file))
 
 
 def _parquet_windows(file: Path, choose: Choose) -> Iterator[Window]:
@@ -141,6 +146,8 @@ def _parquet_windows(file: Path, choose: Choose) -> Iterator[Window]:
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{file}: expected a parquet file: {brief(str(error))}") from error
     names = parquet.schema_arrow.names
+    if len(set(names)) < len(names):
+        raise UserError(f"{file}: expected columns of different names, found {brief(names)}")
     column = choose(names, str(file))
     _check_free(names, str(file))
     kind = parquet.schema_arrow.field(column).type
@@ -204,14 +211,16 @@ class Output:
 
     def _csv(self, rows: list[dict[str, Any]], labels: list[str | None], probabilities: np.ndarray) -> str:
         text = io.StringIO(newline="")
-        writer = csv.writer(text, delimiter="\t" if self.kind == "tsv" else ",", lineterminator="\n")
+        form = {"delimiter": "\t" if self.kind == "tsv" else ",", "lineterminator": "\n"}
+        writer, careful = csv.writer(text, **form), csv.writer(text, quoting=csv.QUOTE_ALL, **form)
         header = next((list(row) for row in rows if row), None)
         if header and not self.headed:
             self.headed = True
             writer.writerow([*header, LABEL, *(f"probability_{name}" for name in self.label_names)])
         for row, label, shares in zip(rows, labels, probabilities.tolist(), strict=True):
             added = [""] * (1 + len(shares)) if label is None else [label, *shares]
-            writer.writerow([*row.values(), *added] if row else [])
+            returns = any("\r" in str(value) for value in row.values())  # which csv quotes of itself from 3.13 on
+            (careful if returns else writer).writerow([*row.values(), *added] if row else [])
         return text.getvalue()
 
     def _with_columns(self, table: pa.Table, labels: list[str | None], probabilities: np.ndarray) -> pa.Table:

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from config import DEFAULT_DATASET, Interrupted, TrainConfig, UserError, say
 from grid import FLAGS, cell_names, command_words, identity, read_grid
@@ -118,25 +117,27 @@ class Estimate:
 
     def __init__(self, outputs: Path) -> None:
         files = [*outputs.glob("*/result.json"), *outputs.glob("*/*/result.json")]
-        self.records: list[dict[str, Any]] = []
+        self.paces: list[tuple[tuple, str, int | None, float]] = []  # kind, data set, its rows if all, samples/s
         for path in sorted(files, key=lambda path: path.stat().st_mtime):
-            with contextlib.suppress(OSError, ValueError):
-                self.records.append(json.loads(path.read_text(encoding="utf-8")))
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # another program's result.json
+                record = json.loads(path.read_text(encoding="utf-8"))
+                old, rows = record["config"], record["data"]["rows"]["train"]
+                kind = record["method"], old["model"], old.get("lora_layers")
+                data, whole = old["dataset"] or DEFAULT_DATASET, rows if old["limit"] is None else None
+                self.paces.append((kind, data, whole, record["samples_per_second"]))
 
     def __call__(self, config: TrainConfig) -> float | None:
         """Seconds, or None if no record tells."""
-        wanted = (config.method, config.model, config.lora_layers)
-        kind, rows = [], config.limit
-        for record in self.records:
-            old = record["config"]
-            same_data = (old["dataset"] or DEFAULT_DATASET) == (config.dataset or DEFAULT_DATASET)
-            if same_data and old["limit"] is None:
-                rows = min(config.limit or math.inf, record["data"]["rows"]["train"])
-            if (record["method"], old["model"], old.get("lora_layers")) == wanted:
-                kind.append((same_data, record["samples_per_second"]))
-        if not kind or rows is None:
+        wanted, data = (config.method, config.model, config.lora_layers), config.dataset or DEFAULT_DATASET
+        alike, rows = [], config.limit
+        for kind, trained_on, whole, rate in self.paces:
+            if trained_on == data and whole is not None:
+                rows = min(config.limit or math.inf, whole)
+            if kind == wanted:
+                alike.append((trained_on == data, rate))
+        if not alike or rows is None:
             return None
-        rate = max(reversed(kind), key=lambda one: one[0])[1]  # the newest, of the same data if there is one
+        rate = max(reversed(alike), key=lambda one: one[0])[1]  # the newest, of the same data if there is one
         return rows * (1 if config.mode == "baseline" else config.epochs) / rate
 
     def left(self, cells: list[Cell], workers: int) -> str:

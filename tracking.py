@@ -4,7 +4,7 @@ This is the training side. `metrics.jsonl` is the truth. A tracker is a copy of 
 (tracker_process.py) that reads metrics.jsonl as it grows. So a tracker that refuses, fails or hangs cannot slow or
 break the run: at the end it is killed, and `sync` rebuilds its copy from the same file with the same code. It also
 keeps the trackers' import hooks, signal and exit handlers out of training, and finishes the copy in order even if
-training is killed. Nothing but the standard library is imported here; wandb and comet_ml only in those processes.
+training is killed. wandb and comet_ml are imported in those processes alone.
 """
 
 import contextlib
@@ -151,8 +151,11 @@ def sync(run_dir: Path, *, wandb: bool = False, comet: bool | None = None) -> li
 
     A tracker is on if the run was recorded with it, or as `wandb` and `comet` say. A copy known to hold everything is
     left alone; one known to hold the beginning is completed; else a new run is made. Waits up to `SYNC_SECONDS` for
-    each. Returns lines to print. Raises UserError if `run_dir` is not a run, or no tracker is on.
+    each. Returns lines to print. Raises UserError if `run_dir` is not a run, no tracker is on, or the run or another
+    `sync` of it is still at work: two at once would make two copies.
     """
+    from filelock import FileLock, Timeout
+
     run_dir = Path(run_dir).resolve()
     if not (run_dir / "metrics.jsonl").is_file():
         raise UserError(f"{run_dir} has no metrics.jsonl, so there is nothing to sync")
@@ -168,6 +171,18 @@ def sync(run_dir: Path, *, wandb: bool = False, comet: bool | None = None) -> li
     on = {"wandb": wandb or recorded["wandb"], "comet": recorded["comet"] if comet is None else comet}
     if not any(on.values()):
         raise UserError(f"{run_dir} was recorded without a tracker: choose with --wandb or --comet where to upload it")
+    lock = FileLock(run_dir / ".lock", blocking=False)  # the run's own (runs.open_run)
+    try:
+        with lock:
+            return _sync_each(run_dir, record, states, on)
+    except Timeout:
+        raise UserError(f"{run_dir}: a process is still at work on this run") from None
+    except OSError as error:
+        raise UserError(f"{run_dir}: cannot be written: {error.strerror or error}") from error
+
+
+def _sync_each(run_dir: Path, record: dict[str, Any], states: dict[str, Any], on: dict[str, bool]) -> list[str]:
+    config = record.get("config", {})
     lines: list[str] = []
     for name in _installed(on, lines.append):
         spec: Spec = {
@@ -186,6 +201,7 @@ def sync(run_dir: Path, *, wandb: bool = False, comet: bool | None = None) -> li
         tracker.send({"config": record})
         tracker.send({"close": "finished" if (run_dir / "result.json").exists() else "failed"})
         tracker.wait(time.monotonic() + SYNC_SECONDS)
+    (run_dir / ".lock").unlink(missing_ok=True)
     return lines
 
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
+import hub
 import models
 import runs
 from checkpoint import Checkpoints, GracefulStop, newest_whole
@@ -44,12 +45,14 @@ class Progress:
 
     global_step: int = 0
     train_seconds: float = 0.0
+    cache_seconds: float = 0.0  # of these, spent on the frozen layers' output (`cache_prefix`)
     best_accuracy: float = -math.inf
     best_loss: float = math.inf  # on validation, of the same epoch
     best_epoch: int = 0
     best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
     skipped_steps: int = 0
     checkpoint_seconds: float = 0.0
+    devices: tuple[str, ...] = ()  # that it was on: a run may be resumed on another number of threads
     # Since the last log line. The losses are summed on the device and read only for the log.
     window_loss: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
     window_examples: int = 0
@@ -66,10 +69,9 @@ class Progress:
 
     def flush_window(self, accelerator: Accelerator) -> dict[str, float]:
         """Mean loss and rate since the last call."""
-        values = {
-            "train/loss": accelerator.reduce(self.window_loss).item() / max(1, self.window_examples),
-            "train/samples_per_second": self.window_examples / self.window_seconds,
-        }
+        loss_sum = accelerator.reduce(self.window_loss).item()
+        values = {"train/loss": loss_sum / self.window_examples} if self.window_examples else {}  # all steps skipped
+        values["train/samples_per_second"] = self.window_examples / self.window_seconds
         self.window_loss = torch.zeros_like(self.window_loss)
         self.window_examples, self.window_seconds = 0, 0.0
         return values
@@ -81,6 +83,8 @@ def finetune(config: TrainConfig, source: models.ModelSource) -> Path:
         wanted, config = config, runs.find_resumable(config)
         if config is None:
             print(f"{wanted.resume} is finished already")
+            if wanted.push_to_hub:  # the upload may have failed, or been stopped
+                hub.upload(Path(wanted.resume) / "model", wanted.push_to_hub)
             return Path(wanted.resume)
     job = runs.prepare(config, source)
     record = runs.describe(job)  # before LoRA renames the encoder's weights
@@ -91,18 +95,11 @@ def finetune(config: TrainConfig, source: models.ModelSource) -> Path:
         runs.check_same(record, Path(config.resume))
         state = newest_whole(Path(config.resume) / "checkpoints")
     metrics_bytes = restore(state, engine, schedule, progress, job.accelerator) if state else 0
+    note_device(progress, record, job.accelerator)
     with runs.open_run(job, record, metrics_bytes) as (run_dir, logger), GracefulStop(run_dir) as stop:
         runs.announce(job, record)
         checkpoints = Checkpoints(run_dir / "checkpoints", config.save_every, job.accelerator)
-
-        def after_step() -> None:
-            step, asked = progress.global_step, stop.asked(job.accelerator)
-            if asked or checkpoints.due(step):
-                started = time.perf_counter()
-                checkpoints.save(step, snapshot(engine, schedule, progress, job.accelerator, run_dir))
-                progress.checkpoint_seconds += time.perf_counter() - started
-            if asked:
-                raise Interrupted(asked, run_dir, f"at step {step}")
+        taken = partial(snapshot, engine, schedule, progress, job.accelerator, run_dir)
 
         import sklearn.metrics  # noqa: F401 - here, since its code (27 MB) is no memory of training
 
@@ -121,23 +118,47 @@ def finetune(config: TrainConfig, source: models.ModelSource) -> Path:
             steps=record["steps"] // config.epochs,
             on_nan=config.on_nan,
             class_weights=balanced_weights(job) if config.class_weights == "balanced" else None,
-            after_step=after_step,
+            after_step=lambda: save_where_due(checkpoints, stop, job.accelerator, progress, taken, run_dir),
         )
         stop.close_loop()
-        record |= {
-            "best_epoch": progress.best_epoch,
-            "train_seconds": progress.train_seconds,
-            "samples_per_second": config.epochs * len(splits["train"]) / progress.train_seconds,
-            "memory_before_training_bytes": memory.start,
-            "peak_memory_bytes": memory.peak(),
-            "skipped_steps": progress.skipped_steps,
-            "checkpoint_seconds": progress.checkpoint_seconds,
-        }
+        record |= costs(progress, memory, config.epochs * len(splits["train"]))
         models.load_trained_state(engine.model, progress.best_weights)
         finish(job, engine, splits, run_dir, logger, record)
         checkpoints.clear()
     runs.share(job, run_dir)
     return run_dir
+
+
+def save_where_due(
+    checkpoints: Checkpoints,
+    stop: GracefulStop,
+    accelerator: Accelerator,
+    progress: Progress,
+    taken: Callable[[], dict[str, Any]],
+    run_dir: Path,
+) -> None:
+    """A checkpoint, where it is time for one or the run is to stop; then Interrupted."""
+    step, asked = progress.global_step, stop.asked(accelerator)
+    if asked or checkpoints.due(step):
+        started = time.perf_counter()
+        checkpoints.save(step, taken())
+        progress.checkpoint_seconds += time.perf_counter() - started
+    if asked:
+        raise Interrupted(asked, run_dir, f"at step {step}")
+
+
+def costs(progress: Progress, memory: PeakMemory, samples: int) -> dict[str, Any]:
+    """What result.json says of the training of `samples` rows, those of every epoch counted."""
+    return {
+        "best_epoch": progress.best_epoch,
+        "train_seconds": progress.train_seconds,
+        "cache_seconds": progress.cache_seconds,
+        "samples_per_second": samples / progress.train_seconds,
+        "memory_before_training_bytes": memory.start,
+        "peak_memory_bytes": memory.peak(),
+        "skipped_steps": progress.skipped_steps,
+        "checkpoint_seconds": progress.checkpoint_seconds,
+    }
 
 
 def set_up(job: runs.Job, record: dict[str, Any]) -> tuple[Engine, Loader, LambdaLR]:
@@ -166,12 +187,22 @@ def set_up(job: runs.Job, record: dict[str, Any]) -> tuple[Engine, Loader, Lambd
     return engine, loader, linear_schedule(engine.optimizer, config.warmup_ratio, steps)
 
 
+def note_device(progress: Progress, record: dict[str, Any], accelerator: Accelerator) -> None:
+    """Where a run is resumed on another device or number of threads, say so, there and in the record: sums are rounded
+    in another order, and its times are those of no device."""
+    progress.devices = tuple(dict.fromkeys((*progress.devices, record["device"])))
+    record["device"] = ", then ".join(progress.devices)
+    if len(progress.devices) > 1:
+        said = f"note: this run was on {record['device']}: not bit for bit what one of them would give"
+        accelerator.print(said, file=sys.stderr)
+
+
 def cache_prefix(job: runs.Job, engine: Engine, record: dict[str, Any], progress: Progress) -> dict[str, TokenSplit]:
     """The splits, with what the frozen layers make of them where there are such layers; filling counts as training."""
     if not isinstance(engine, FastEngine) or not engine.frozen_prefix:
         return job.splits
     started = time.perf_counter()
-    content = f"{record['model']['fingerprint']}|{engine.frozen_prefix}|{job.arithmetic}"
+    content = f"{record['model']['fingerprint']}|{job.cache_key}|{engine.frozen_prefix}"
     with main_process_first(job.accelerator):
         splits = with_prefix(
             job.splits,
@@ -182,7 +213,8 @@ def cache_prefix(job: runs.Job, engine: Engine, record: dict[str, Any], progress
             job.accelerator.device,
         )
     if progress.global_step == 0:
-        progress.train_seconds += time.perf_counter() - started
+        progress.cache_seconds = time.perf_counter() - started
+        progress.train_seconds += progress.cache_seconds
     return splits
 
 
@@ -292,7 +324,8 @@ def train(
                     values = {**progress.flush_window(accelerator), "train/lr": learning_rate}
                     logger.log(values, step=progress.global_step, epoch=progress.global_step / steps)
                     bar.set_postfix(
-                        loss=f"{values['train/loss']:z.3f}", rate=f"{values['train/samples_per_second']:.0f}/s"
+                        loss=f"{values.get('train/loss', math.nan):z.3f}",
+                        rate=f"{values['train/samples_per_second']:.0f}/s",
                     )
                 if at_end:
                     validate(engine, splits["validation"], accelerator, logger, epoch + 1, progress)

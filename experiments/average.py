@@ -18,19 +18,26 @@ from config import UserError
 
 
 def rows_of(runs: list[Path], dataset_dir: str | None) -> list[str]:
-    """A header and a row for each run and each mean. UserError where the runs have different data."""
+    """A header and a row for each run and each mean. UserError where a run is no full fine-tuning, or was on other rows
+    than the others or than are there now."""
     import hub
 
     hub.go_offline_if_unreachable()
     from data import load_data
     from metrics import classification_metrics
     from predict import Predictor, open_saved
+    from readers import Columns
 
     saved = [open_saved(str(run), "predict") for run in runs]
-    if len({str(one.record["data"]["fingerprints"]) for one in saved}) > 1:
-        raise UserError("expected runs on the same rows, got several data sets")
     config = saved[0].record["config"]
-    data = load_data(config["dataset"], dataset_dir or config["dataset_dir"], config["limit"], config["seed"])
+    columns = Columns(config["text_column"], config["label_column"])
+    places = config["dataset"], dataset_dir or config["dataset_dir"]
+    data = load_data(*places, config["limit"], config["seed"], columns)
+    for run, one in zip(runs, saved):
+        if one.record["method"] != "full":
+            raise UserError(f"{run}: expected a run of full fine-tuning, got {one.record['method']}")
+        if one.record["data"]["fingerprints"] != data.fingerprints:
+            raise UserError(f"{run}: its rows are not those of {data.source} now")
     predictors = [Predictor(one, "auto", one.record["config"]["precision"]) for one in saved]
 
     def score(predict) -> list[str]:

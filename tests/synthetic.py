@@ -49,7 +49,8 @@ def make_run(config: TrainConfig, skill: float, rows: Rows) -> Run:
     trained = 770 if epochs == [0] else 400_000 * config.lora_r // 8 if config.peft else 22_713_218
     seconds = 5.0 if epochs == [0] else 40.0 * len(epochs) * (config.lora_layers or 6) / 6
     data = {"name": config.dataset, "kind": "local", "labels": ["negative", "positive"]}
-    data |= {"rows": {"train": 8530, "validation": n, "test": n}, "fingerprints": {"test": rows.fingerprint}}
+    data |= {"rows": {"train": 8530, "validation": n, "test": n}}
+    data["fingerprints"] = {"train": "a" * 64, "validation": "b" * 64, "test": rows.fingerprint}
     facts = {"best_epoch": epochs[-1] or None, "trainable_parameters": trained, "total_parameters": 22_713_218}
     facts |= {"train_seconds": seconds + rng.random(), "samples_per_second": 8530 * len(epochs) / seconds}
     facts |= {"memory_before_training_bytes": 8e8, "peak_memory_bytes": 9e8 + 40 * trained, "git_commit": None}

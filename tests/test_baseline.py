@@ -1,9 +1,13 @@
 """The linear baseline: its embeddings, its cache, its choice of C and its probabilities."""
 
+import json
+
 import numpy as np
 import torch
 from conftest import read_json, read_lines
 from safetensors.numpy import load_file
+
+import packaged
 
 
 def test_it_leaves_the_records_of_a_run_and_the_second_is_the_same(cli, monkeypatch):
@@ -20,6 +24,28 @@ def test_it_leaves_the_records_of_a_run_and_the_second_is_the_same(cli, monkeypa
     assert first["test"] == second["test"] and first["val"] == second["val"]
     assert first["val"].keys() == first["test"].keys() >= {"loss", "accuracy", "precision", "recall", "f1"}
     assert first["test"]["accuracy"] > 0.6
+
+
+def test_a_damaged_file_of_embeddings_is_made_again(cli):
+    assert cli("--baseline")[0] == 0
+    for damaged in (b"", b"\x93NUMPY"):
+        for file in (packaged.cache_dir() / "embeddings").glob("*.npy"):
+            file.write_bytes(damaged or file.read_bytes()[:-100])
+        assert cli("--baseline")[0] == 0
+    assert len({json.dumps(read_json(run / "result.json")["test"]) for run in cli.runs.iterdir()}) == 1
+
+
+def test_a_class_that_limit_leaves_without_a_training_row_spoils_no_probabilities(cli, tmp_path):
+    """Its score is -1e6: to fit the factor to rows of it would make all other probabilities alike."""
+    rows = [f"a {word} film {n},{label}" for n in range(40) for word, label in (("great", "good"), ("awful", "bad"))]
+    (tmp_path / "rows").mkdir()
+    for split in ("train", "validation", "test"):
+        odd = ["so so,odd"] * (split == "validation") + ["so so so,odd"] * (split == "train")
+        (tmp_path / "rows" / f"{split}.csv").write_text("\n".join(["text,label", *rows, *odd, ""]))
+    code, _, err = cli("--baseline", "--dataset", str(tmp_path / "rows"), "--limit", "20")
+    assert code == 0 and "1 validation rows are of classes that --limit left" in err
+    (run,) = cli.runs.iterdir()
+    assert np.mean([line["probability"] for line in read_lines(run / "predictions.jsonl")]) > 0.8
 
 
 def test_multi_class(cli):

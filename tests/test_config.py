@@ -48,11 +48,16 @@ def test_defaults_are_the_documented_ones():
         ("--report", "report", "full", ()),
         ("--report runs/a runs/b", "report", "full", ("runs/a", "runs/b")),
         ("--sync runs/a", "sync", "full", ("runs/a",)),
+        ("--predict runs/a good -- -dull --lr", "predict", "full", ("runs/a",)),
     ],
 )
 def test_modes(words, mode, method, runs):
     config = parse_args(words.split())
     assert (config.mode, config.method, config.runs) == (mode, method, runs)
+
+
+def test_texts_behind_two_dashes_may_begin_with_one():
+    assert parse_args(["--predict", "runs/a", "good", "--", "-dull", "--lr"]).texts == ("good", "-dull", "--lr")
 
 
 def test_no_mode_prints_the_help_and_exits_with_2(capsys):
@@ -141,6 +146,8 @@ def test_a_wrong_value_is_refused_in_one_line(flag, value, expected, capsys):
         "--sweep x --peft",
         "--finetune --bogus 1",
         "--finetune stray",
+        "--finetune -- stray",
+        "--finetune --peft --lora_r 1000000000000000000",
         "--finetune --lr",
         "--finetune --peft=False",
         "--finetune --epoch 3",  # no abbreviations: a flag added later must not change what a command means

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -104,6 +105,43 @@ def test_a_folder_holds_a_file_for_each_split(kind, tmp_path):
     assert pairs(found) == Counter(ROWS) and found.notes == ()
     assert texts(found, "train") == [text for text, _ in ROWS[:20] + ROWS[30:50]]
     assert texts(found, "validation") == [text for text, _ in ROWS[20:25] + ROWS[50:55]]
+
+
+def test_other_files_of_a_folder_are_not_added_to_a_split(tmp_path):
+    """An older copy, or what --predict has left, would count its rows twice."""
+    for name, rows in (("train", ROWS[:40]), ("validation", ROWS[40:50]), ("test", ROWS[50:])):
+        written(tmp_path / f"{name}.csv", csv(rows))
+    (tmp_path / "data").mkdir()
+    for name in ("train_old", "test_labelled", "test-2", "data/train"):
+        written(tmp_path / f"{name}.csv", csv(ROWS))
+    found = load(tmp_path)
+    assert {split: len(rows) for split, rows in found.splits.items()} == {"train": 40, "validation": 10, "test": 10}
+    (tmp_path / "train.csv").rename(tmp_path / "train_set.csv")
+    said = refusal(tmp_path)
+    assert "train_old.csv" in said and "train_set.csv" in said and "expected one file" in said
+    (tmp_path / "train_old.csv").unlink()
+    assert len(load(tmp_path).splits["train"]) == 40
+    written(tmp_path / "dev.csv", csv(ROWS))
+    assert "validation" in refusal(tmp_path)
+
+
+def test_parts_with_other_columns_are_refused(tmp_path):
+    write_parquet(tmp_path / "train-00000.parquet", text=["a", "b"], label=[0, 1])
+    write_parquet(tmp_path / "train-00001.parquet", sentence=["c", "d"], label=[0, 1])
+    assert "same columns" in refusal(tmp_path)
+
+
+def test_splits_of_a_hub_data_set_may_have_the_usual_short_names(monkeypatch):
+    def rows(some):
+        return datasets.Dataset.from_dict({"text": [text for text, _ in some], "label": [label for _, label in some]})
+
+    splits = {"train": rows(ROWS[:40]), "dev": rows(ROWS[40:50]), "test": rows(ROWS[50:]), "more": rows(ROWS)}
+    monkeypatch.setattr(datasets, "load_dataset", lambda _: splits)
+    found = load_data("someone/something", None, None, 0)
+    assert {split: len(found.splits[split]) for split in splits if split in found.splits} == {"train": 40, "test": 10}
+    assert len(found.splits["validation"]) == 10
+    splits["val"] = splits["dev"]
+    assert "expected one validation split" in refusal("someone/something")
 
 
 def test_words_that_look_like_nothing_are_texts(tmp_path):

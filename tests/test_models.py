@@ -1,7 +1,13 @@
 """LoRA and the files of a saved model."""
 
+import os
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
+
+import models
 
 TEXTS = ["a good film", "this is a really bad and long review of it", "fine"]
 
@@ -82,6 +88,25 @@ def test_a_bf16_checkpoint_is_trained_in_fp32(tiny_model, tmp_path):
     AutoModelForMaskedLM.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(tmp_path)
     model = load_classifier(find_model(str(tmp_path)), ("a", "b"))
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+
+
+def test_a_part_of_the_default_in_the_cache_is_not_the_default(tiny_model, monkeypatch):
+    """A download that was stopped: offline it cannot be finished, and the packaged encoder takes its place."""
+    monkeypatch.setattr(models.packaged, "encoder_folder", lambda: tiny_model)
+    cache = Path(os.environ["HF_HOME"], "hub", "models--distilbert--distilbert-base-uncased")
+    snapshot = cache / "snapshots" / ("5" * 40)
+    snapshot.mkdir(parents=True)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("5" * 40)
+    try:
+        for name in ("config.json", "tokenizer.json"):
+            assert models.find_model(None).kind == "packaged"
+            shutil.copy(tiny_model / name, snapshot)
+        assert models.find_model(None).kind == "packaged"
+        shutil.copy(tiny_model / "model.safetensors", snapshot)
+        assert models.find_model(None).kind == "hub"
+    finally:
+        shutil.rmtree(cache)
 
 
 def test_the_fingerprint_is_of_the_encoder_alone(tiny_model):

@@ -210,17 +210,23 @@ WRONG = {
     "a blank for a run": (" ", (), None, "expected a name or a path"),
     "a header alone": (None, ("--input", "{header}", "--output", "x.csv"), None, "expected rows of text, found none"),
     "an empty list": (None, ("--input", "{list}", "--output", "x.jsonl"), None, "expected rows of text, found none"),
+    "a column that no row has": (None, ("--input", "{rows}", "--text_column", "nope"), None, "the column 'nope'"),
+    "two columns of a name": (None, ("--input", "{twice}"), None, "expected columns of different names"),
     "half a pair": (None, ("--input", "{half}"), None, "line 1: expected a text under 'text'"),
     "an argument that is not UTF-8": (None, ("caf\udce9",), None, "expected texts in UTF-8"),
 }
-ENDINGS = {"latin": "txt", "empty": "txt", "half": "jsonl", "list": "json"}
+ENDINGS = {"rows": "jsonl", "twice": "parquet", "latin": "txt", "empty": "txt", "half": "jsonl", "list": "json"}
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_what_the_user_got_wrong_is_one_line(runs, predict, tmp_path, monkeypatch, case):
     monkeypatch.chdir(tmp_path)
     files = {"latin": b"good\ncaf\xe9\n", "empty": b"", "csv": b"a,b\n1,2\n", "taken": b"text,predicted_label\na,b\n"}
+    files |= {"rows": b'{"text": "good"}\n' * 5000}
     files |= {"header": b"text,b\n", "list": b"[]", "half": b'{"text": "\\ud800"}\n'}
+    twice = io.BytesIO()
+    pq.write_table(pa.table([["a"], ["b"]], names=["text", "text"]), twice)
+    files["twice"] = twice.getvalue()
     paths = {name: f"{name}.{ENDINGS.get(name, 'csv')}" for name in files}
     for name, content in files.items():
         (tmp_path / paths[name]).write_bytes(content)
@@ -230,6 +236,49 @@ def test_what_the_user_got_wrong_is_one_line(runs, predict, tmp_path, monkeypatc
     assert code == 2 and last.startswith("error: ") and expected in last and "Traceback" not in err
     assert out == "" and not list(tmp_path.glob("x.*"))
     assert (tmp_path / "csv.csv").read_bytes() == files["csv"]
+
+
+def test_a_text_with_a_carriage_return_stays_one_row(runs, predict, tmp_path):
+    (tmp_path / "in.csv").write_bytes(b'id,text\n1,"good\rfilm"\n2,bad\n')
+    words = ("--input", str(tmp_path / "in.csv"), "--output", str(tmp_path / "out.csv"))
+    assert predict(runs["full"], *words)[0] == 0
+    with (tmp_path / "out.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert [row[:2] for row in rows] == [["id", "text"], ["1", "good\rfilm"], ["2", "bad"]]
+    assert len({len(row) for row in rows}) == 1
+
+
+def test_an_adapter_is_no_model_to_start_from(runs, cli):
+    """transformers would put it on and freeze the rest; merged weights are one."""
+    for words in (("--finetune",), ("--finetune", "--peft"), ("--baseline",)):
+        code, _, err = cli(*words, "--model", str(runs["lora"] / "model"))
+        assert code == 2 and "--merge RUN" in err.splitlines()[-1] and not cli.runs.exists()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"config": None}, {"config": []}, {"max_length": "many"}, {"max_length": 10**6}, {"data": {}}, {"method": None}],
+)
+def test_a_record_that_says_nonsense_is_one_line(runs, predict, tmp_path, damage):
+    run = shutil.copytree(runs["full"], tmp_path / "run")
+    record = read_json(run / "config.json") | damage
+    (run / "config.json").write_text(json.dumps(record))
+    code, _, err = predict(run, "good")
+    assert code == 2 and err.startswith("error: --predict") and str(run) in err and len(err.splitlines()) == 1
+
+
+def test_two_merges_at_once_give_one_result(runs, capsys, monkeypatch, tmp_path):
+    run = shutil.copytree(runs["lora"], tmp_path / "run", ignore=shutil.ignore_patterns("merged"))
+    save = models.save_model
+
+    def save_as_another_has(*words) -> None:
+        save(*words)
+        if not (run / "merged").exists():
+            shutil.copytree(words[2], run / "merged")
+
+    monkeypatch.setattr(models, "save_model", save_as_another_has)
+    assert main(["--merge", str(run)]) == 0 and (run / "merged" / "model.safetensors").exists()
+    assert sorted(path.name for path in run.glob(".merged*")) == []
 
 
 def test_half_a_pair_beside_the_text_stays_as_it_is(runs, predict, tmp_path):
@@ -358,12 +407,13 @@ def test_the_card_of_a_baseline_promises_no_head(runs):
     assert f"C by validation accuracy: {read_json(runs['baseline'] / 'result.json')['C']:g}." in card
 
 
-def test_the_card_of_the_packaged_encoder_and_of_a_folder_with_a_card_names_the_license(tiny_model, tmp_path):
+def test_the_license_is_what_the_head_of_a_card_names(tiny_model, tmp_path):
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     (folder / "README.md").write_text("---\nlanguage: en\nlicense: mit\n---\n# Mine\n")
     assert models.find_model(str(folder)).license == "mit"
-    (folder / "README.md").write_text("# license: none\n")
-    assert models.find_model(str(folder)).license is None
+    for card in ("# license: none\n", "---\nlanguage: en\n---\nIts rows have the\nlicense: cc-by-nc-4.0\n"):
+        (folder / "README.md").write_text(card)
+        assert models.find_model(str(folder)).license is None
 
 
 def test_the_column_that_the_run_was_trained_on_is_the_first_guess(runs, predict, tmp_path):

@@ -19,6 +19,8 @@ def test_the_cache_changes_nothing(cli, monkeypatch, precision):
     monkeypatch.setattr(train, "cache_prefix", lambda job, *_: job.splits)
     assert cli(*LAST, "--precision", precision)[0] == 0  # computes the frozen layers in every step
     runs = sorted(cli.runs.iterdir())
+    filling = [read_json(run / "result.json")["cache_seconds"] for run in runs]
+    assert filling[0] > 0 == filling[2]
     first, *others = [
         (losses(run), [row["probability"] for row in read_lines(run / "predictions.jsonl")]) for run in runs
     ]

@@ -72,7 +72,12 @@ def studies():
 
 @pytest.mark.parametrize(
     "damage",
-    [lambda t: t[:100], lambda t: t.replace('"format": 1', '"format": 99'), lambda t: t.replace('"confidence"', '"c"')],
+    [
+        lambda t: t[:100],
+        lambda t: t.replace('"format": 1', '"format": 99'),
+        lambda t: t.replace('"confidence"', '"c"'),
+        lambda t: re.sub(r'"predicted": \[\d,', '"predicted": [', t),  # one prediction less than rows
+    ],
 )
 def test_a_damaged_record_is_one_line(cli, tmp_path, studies, damage):
     (path,) = export(studies[:1], tmp_path)
@@ -242,6 +247,16 @@ def test_costs_are_told_for_each_device(studies, tmp_path):
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_what_filled_a_cache_is_told_and_is_spent_before_the_first_epoch(studies, tmp_path):
+    run = next(run for run in studies if run.config["lora_layers"] == 1)
+    filled = replace(run, facts=run.facts | {"train_seconds": 110.0, "cache_seconds": 60.0})
+    (cell,) = group_cells([filled])[0][0]
+    assert report.analysis.time_to(cell, run.curve["val/accuracy"][0]) == "65"  # 60 and a tenth of 50
+    text = report.markdown(report.build([[cell]], tmp_path))
+    assert "| 110 (60 of it filled a cache) |" in text
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_runs_that_shared_a_gpu_count_for_costs_only_where_none_ran_alone(studies, tmp_path):
     shared = {"device": "a GPU (14 runs at once)", "memory_before_training_bytes": None}
     for seeds in ((1,), (1, 2, 3, 4, 5)):
@@ -253,6 +268,88 @@ def test_runs_that_shared_a_gpu_count_for_costs_only_where_none_ran_alone(studie
         assert len(rows) == 1 and ("| - |" in rows[0]) != alone and "14 runs" not in rows[0]
         assert findings(runs)[6][0].evidence != "not run on one device" or not alone
     assert findings(runs)[6][1].evidence == "not run on one device"  # nobody knows what they added
+
+
+def test_no_claim_about_costs_rests_on_runs_that_shared_a_machine_where_some_ran_alone(studies):
+    """However many these are, and whatever their times would say."""
+    shared = {"device": "a GPU (14 runs at once)"}
+    quick = {run.name: shared | ({"train_seconds": 1.0} if run.method == "lora" else {}) for run in studies}
+    runs = [replace(run, facts=run.facts | quick[run.name]) if run.seed > 1 else run for run in studies]
+    alone = findings([run for run in studies if run.seed == 1])
+    assert findings(runs)[6][0] == alone[6][0] and alone[6][0].verdict == "contradicted"
+
+
+def test_claims_are_about_whole_configurations(studies):
+    """Shorter runs, or in another precision, are other cells, however many seeds they have."""
+    full = [run for run in studies if run.method == "full" and run.config["lr"] == 2e-4]
+    for field, value in (("epochs", 1), ("batch_size", 8), ("plain", True)):
+        others = [
+            replace(run, config=run.config | {field: value, "seed": seed}, predicted=1 - run.rows.labels)
+            for run in full
+            for seed in (run.seed, run.seed + 100)
+        ]
+        assert findings([*studies, *others]) == findings(studies)
+
+
+def test_other_training_rows_of_one_name_are_another_cell(studies):
+    """A data set whose training rows have changed since: its runs repeat none, and no mean is made of both."""
+    full = [run for run in studies if run.method == "full" and run.config["lr"] == 2e-5 and not run.config["limit"]]
+    full = [run for run in full if run.data["name"] == "rotten_tomatoes"]
+    prints = full[0].data["fingerprints"] | {"train": "c" * 64}
+    later = [replace(run, data=run.data | {"fingerprints": prints}) for run in full[:2]]
+    (group,), repeats = group_cells([*full, *later])
+    assert not repeats and sorted(len(cell.runs) for cell in group) == [2, 5]
+    assert [cell.name for cell in group] == ["full 2e-5 train aaaaaa", "full 2e-5 train cccccc"]
+    assert [cell.method for cell in group] == ["full train aaaaaa", "full train cccccc"]
+
+
+def test_a_method_is_judged_at_its_best_rate_whatever_else_was_tried(studies):
+    """Names have more fields where cells would share one: that must not make other methods of the same method's rates.
+    Of two rates, both of ten epochs, and one of them of three epochs too, the ten and the three are two methods."""
+    full = [run for run in studies if run.method == "full" and run.data["name"] == "rotten_tomatoes"]
+    full = [run for run in full if run.config["lr"] in (2e-5, 5e-5)]
+    short = [replace(run, config=run.config | {"epochs": 3}) for run in full if run.config["lr"] == 2e-5]
+    (group,), _ = group_cells([*full, *short])
+    assert [(cell.name, cell.method) for cell in group] == [
+        ("full 2e-5 epochs 10", "full epochs 10"),
+        ("full 2e-5 epochs 3", "full epochs 3"),
+        ("full 5e-5", "full epochs 10"),
+    ]
+    scores = report.score_cells(group)
+    assert {one.reference.method for one in report.comparisons(group, scores)} == {"full epochs 10"}
+    odd = [replace(run, config=run.config | {"lr": float(run.seed)}) for run in studies if run.method == "lora"][:2]
+    assert len({cell.method for cell in group_cells(odd)[0][0]}) == 1  # 1 and 2: rates without an exponent
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_pictures_of_costs_show_what_they_can(studies, tmp_path, monkeypatch):
+    """Parameters depend on no machine; of times, each method's best cell of that machine has its name."""
+    drawn = {}
+
+    def against(points, label, quality):
+        drawn[label.split(" (")[0]] = points
+        return plots.plt.figure()
+
+    monkeypatch.setattr(plots, "against", against)
+    some = [run for run in studies if run.data["name"] == "rotten_tomatoes"]
+    elsewhere = {"device": "elsewhere"}
+    best = report.best_cells(group_cells(some)[0][0])["full"].first.config["lr"]
+    moved = [replace(r, facts=r.facts | elsewhere) if r.config.get("lr") == best else r for r in some]
+    (group,), _ = group_cells(moved)
+    report.build([group], tmp_path)
+    plots.plt.close("all")
+    assert len(drawn["trained parameters"]) == len(group) > len(drawn["training time"])
+    for points in drawn.values():
+        assert {point[0] for point in points} == {point[0] for point in points if point[-1]}
+
+
+def test_three_hundred_classes_are_a_picture_of_the_usual_size(studies):
+    run = studies[0]
+    labels = np.random.default_rng(0).integers(0, 300, len(run.rows.labels))
+    many = replace(run, data=run.data | {"labels": [f"class {n}" for n in range(300)]}, predicted=labels)
+    figure = plots.confusion(group_cells([replace(many, rows=replace(run.rows, labels=labels))])[0][0][0])
+    assert max(figure.get_size_inches()) <= 8 and not figure.axes[0].texts
+    plots.plt.close(figure)
 
 
 def test_verdicts_follow_their_rules(studies):

@@ -1,10 +1,12 @@
 """A run that was stopped, anyhow and anywhere, ends as the one that was not."""
 
 import contextlib
+import json
 import resource
 import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ from conftest import read_json, read_lines
 from filelock import FileLock
 
 import checkpoint
+import models
+import packaged
 import train
 from config import TrainConfig, UserError
 
@@ -95,6 +99,56 @@ def test_killed_before_the_first_checkpoint_it_starts_anew(cli, monkeypatch):
     run = run_killed_at(4, cli, monkeypatch, *COMMON, *METHODS["full"])
     assert cli(*COMMON, *METHODS["full"], "--resume")[0] == 0  # alone: the newest unfinished run of this config
     assert [run] == list(cli.runs.iterdir()) and outcome(run) == whole(cli)
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_a_run_that_began_on_the_packaged_default_goes_on_with_it(cli, monkeypatch, tiny_model, tiny_data):
+    """Though the hub answers now, and has another model and other rows under the default's names."""
+    run = run_killed_at(13, cli, monkeypatch, *COMMON, *METHODS["full"])
+    record = read_json(run / "config.json")
+    source = replace(models.find_model(str(tiny_model)), kind="packaged", source="elsewhere")
+    record["model"]["kind"] = record["data"]["kind"] = "packaged"
+    record["data"]["name"] = packaged.REVIEWS_NAME
+    record["config"] |= {"model": None, "dataset": None}
+    (run / "config.json").write_text(json.dumps(record))
+    monkeypatch.setattr(models, "find_model", lambda _: replace(source, name="another", location="nowhere"))
+    monkeypatch.setattr(models, "packaged_model", lambda: source)
+    monkeypatch.setattr(packaged, "reviews_folder", lambda: tiny_data / "rotten_tomatoes")
+    monkeypatch.setattr("datasets.load_dataset", lambda _: pytest.fail("the hub was asked"))
+    code, _, err = cli("--resume", str(run), dataset=None)
+    assert code == 0, err
+    assert outcome(run) == whole(cli)
+
+
+def test_another_number_of_threads_is_noted_where_a_run_is_resumed(cli, monkeypatch):
+    """Sums are rounded otherwise, and its times are those of neither."""
+    run = run_killed_at(7, cli, monkeypatch, *COMMON, *METHODS["full"])
+    monkeypatch.setenv("RUNS_AT_ONCE", "2")
+    with behind_step(17, lambda: (_ for _ in ()).throw(Killed), monkeypatch), pytest.raises(Killed):
+        cli("--resume", str(run))
+    monkeypatch.delenv("RUNS_AT_ONCE")
+    code, _, err = cli("--resume", str(run))
+    began = read_json(run / "config.json")["device"]
+    both = f"{began}, then {began[:-1]}, 2 runs at once)"
+    assert code == 0 and f"note: this run was on {both}" in err
+    assert read_json(run / "result.json")["device"] == both
+
+
+def test_a_card_changed_on_the_hub_makes_no_other_model(cli, monkeypatch):
+    run = run_killed_at(7, cli, monkeypatch, *COMMON, *METHODS["full"])
+    record = read_json(run / "config.json")
+    record["model"] |= {"source": "hub@another-revision", "license": "mit"}
+    (run / "config.json").write_text(json.dumps(record))
+    assert cli("--resume", str(run))[0] == 0
+    assert outcome(run) == whole(cli)
+
+
+def test_configs_of_other_programs_are_passed_over(cli):
+    for number, content in enumerate(("{}", '{"config": null}', "[]", "no json")):
+        (cli.runs / str(number)).mkdir(parents=True)
+        (cli.runs / str(number) / "config.json").write_text(content)
+    code, _, err = cli("--finetune", "--resume")
+    assert code == 2 and "no unfinished run of this config" in err and len(err.splitlines()) == 1
 
 
 def test_a_finished_run_says_so(cli):
@@ -283,6 +337,26 @@ def test_a_gradient_that_is_not_finite_stops_the_run_or_is_skipped(cli, monkeypa
     assert cli(*COMMON, *METHODS["full"], *plain, "--on_nan", "skip")[0] == 0
     result = read_json(run.with_name(run.name + "-2") / "result.json")
     assert result["skipped_steps"] == 1 and result["test"]["loss"] < 1
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_steps_that_are_all_skipped_have_no_loss(cli, monkeypatch):
+    """A window of them would have the sum of nothing: 0."""
+    import engine
+
+    forward, calls = engine.FastEngine.forward, []
+
+    def poisoned(self, batch):
+        calls.append(0)
+        return forward(self, batch) * (float("nan") if 10 < len(calls) <= 12 else 1.0)
+
+    monkeypatch.setattr(engine.FastEngine, "forward", poisoned)
+    assert (
+        cli(*COMMON, *METHODS["full"], "--on_nan", "skip")[0] == 0
+    )  # a line at step 10 and at step 12, the epoch's end
+    (run,) = cli.runs.iterdir()
+    lines = {line["step"]: line for line in read_lines(run / "metrics.jsonl") if "train/lr" in line}
+    assert "train/loss" not in lines[12] and all(lines[step]["train/loss"] > 0 for step in (10, 20))
 
 
 def test_a_checkpoint_from_before_losses_broke_ties_is_read(cli, monkeypatch):

@@ -77,7 +77,26 @@ def test_without_the_seed_level_intervals_would_be_too_short():
     assert np.mean(alarms) > 0.15
 
 
-@pytest.mark.parametrize(("seeds", "seed_effect"), [((1, 1), 0.0), ((5, 5), 0.05)])
+def test_one_seed_against_five_varies_as_those_do():
+    """0.1 is 2.5 points between seeds. Were the one taken to be all there is, a third would be false alarms."""
+    rng, alarms, ignored = np.random.default_rng(3), [], []
+    for _ in range(300):
+        labels, a, b = simulate(rng, (1, 5), 0.0, 0.1)
+        scores = stats.resample(labels, np.concatenate([a, b]), 2, DRAWS)["accuracy"]
+        one, five = (stats.Scores(scores.observed[part], scores.resampled[:, part]) for part in _parts((1, 5)))
+        alarms.append(stats.contrast([(1, one), (-1, five)]).p < 0.05)
+        unseeded = stats.Scores(one.observed, one.resampled, seeded=False)  # a baseline, which draws nothing
+        ignored.append(stats.contrast([(1, unseeded), (-1, five)]).p < 0.05)
+    print(np.mean(alarms), np.mean(ignored))
+    assert 0.02 <= np.mean(alarms) <= 0.09 and np.mean(ignored) > 0.15
+
+
+def test_of_single_seeds_nobody_knows_what_could_be_detected():
+    (difference, _) = next(compared(np.random.default_rng(4), (1, 1), 0.0, 0.0))
+    assert difference.detectable is None
+
+
+@pytest.mark.parametrize(("seeds", "seed_effect"), [((5, 5), 0.0), ((5, 5), 0.05)])
 def test_the_detectable_difference_is_found_in_80_percent(seeds, seed_effect):
     rng = np.random.default_rng(1)
     guesses = [next(compared(rng, seeds, 0.0, seed_effect))[0].detectable for _ in range(40)]

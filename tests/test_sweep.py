@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, command, read_json
 
 from config import TrainConfig, UserError, parse_args
 from grid import cell_names, command_words, identity, read_grid
+from pools import ForwardSignals
 
 GRID = """
 seeds = [1, 2]
@@ -113,6 +115,7 @@ BAD = [
     ("seeds = [1]\n[[cell]]\nplain = 'yes'", "cell 1: plain: expected true or false, found 'yes'"),
     ("seeds = [1]\n[[cell]]\nprecision = 'fp8'", "cell 1: precision: expected one of auto, fp32, bf16, found 'fp8'"),
     ("seeds = [1]\n[[cell]]\nmethod = 'adapter'", "cell 1: method: expected one of full, lora, baseline"),
+    ("seeds = [1]\n[[cell]]\nmethod = [['full']]", "cell 1: method: expected one of full, lora, baseline"),
     ("seeds = [1]\n[[cell]]\nlora_layers = 1", "cell 1: --lora_layers goes with --peft"),
     ("seeds = [1]\n[[cell]]\nseed = 3", "cell 1: seed: expected one of"),
     ("seeds = [1\n", "expected a TOML file"),
@@ -184,6 +187,8 @@ def test_the_estimate_is_rows_by_the_newest_rate_of_the_same_kind(tmp_path):
     record("new", 2, "full", "rotten_tomatoes", 100.0)
     record("other data", 3, "full", "sst2", 400.0, limit=10)
     record("last layer", 4, "lora", None, 900.0, lora_layers=1)
+    (tmp_path / "another program").mkdir()
+    (tmp_path / "another program" / "result.json").write_text("{}")
     seconds = Estimate(tmp_path)
     assert seconds(TrainConfig(epochs=2)) == 2 * 8000 / 100
     assert seconds(TrainConfig(epochs=2, limit=500)) == 2 * 500 / 100
@@ -228,6 +233,15 @@ def test_a_signal_goes_to_the_runs_and_the_same_command_goes_on(grid, tmp_path):
     assert len(re.findall(r"resuming at step [1-9]", log.read_text())) == 2
 
 
+def test_a_second_signal_is_not_passed_on():
+    """It would end the runs without their checkpoints."""
+    passed = []
+    with ForwardSignals(SimpleNamespace(stop=passed.append)) as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert passed == [signal.SIGINT] and signals.number == signal.SIGINT
+
+
 def test_two_sweeps_in_one_folder_are_refused(grid, tmp_path):
     from sweep import _only_one
 
@@ -255,6 +269,7 @@ def test_a_ray_cluster_of_two_workers_runs_a_sweep(swept, tmp_path):
     root = tmp_path / "runs" / "grid"
     assert len(list(root.glob("*/result.json"))) == 3
     assert finished(root) == finished(locally)  # the same runs, wherever they ran
+    assert not any("runs at once" in read_json(path)["device"] for path in root.glob("*/config.json"))  # a CPU each
 
 
 def test_without_ray_it_says_how_to_install_it(grid, tmp_path):

@@ -8,6 +8,7 @@ import time
 
 import pytest
 from conftest import ROOT, command, read_json
+from filelock import FileLock
 from standin_trackers import (
     COMET_KEY,
     HF_TOKEN,
@@ -180,6 +181,9 @@ def test_sync_on_the_command_line(tmp_path, monkeypatch):
         assert (code, out) == (2, []) and err.count("\n") == 1, err
         assert err.startswith("error: ") and str(folder) in err and why in err
     (run_dir / "config.json").write_text(json.dumps({"config": {"wandb": True, "comet": None, "project": "mine"}}))
+    with FileLock(run_dir / ".lock"):  # as a run that is still training: two copies of it would be made
+        code, out, err = main(str(run_dir))
+    assert (code, out, err.count("\n")) == (2, [], 1) and "still at work" in err
     point_at(monkeypatch, None)
     code, out, err = main(str(run_dir), "--comet")
     assert (code, out, err.count("\n")) == (2, [], 1) and err.startswith("error: W&B: ") and "; Comet: " in err

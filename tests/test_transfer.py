@@ -93,4 +93,8 @@ def test_runs_are_averaged(cli, tiny_data, monkeypatch, capsys, tmp_path):
     assert cli("--finetune", *where, "--dataset", "sst2", "--epochs", "1")[0] == 0
     other = next(str(run) for run in cli.runs.iterdir() if run.name.startswith("sst2"))
     monkeypatch.setattr(sys, "argv", ["average.py", *where, one, other])
-    assert average.main() == 2 and "same rows" in capsys.readouterr().err
+    assert average.main() == 2 and f"{other}: its rows are not those of" in capsys.readouterr().err
+    assert cli("--baseline", *where, "--dataset", "sst2")[0] == 0
+    linear = next(str(run) for run in cli.runs.iterdir() if run.name.startswith("sst2-baseline"))
+    monkeypatch.setattr(sys, "argv", ["average.py", *where, linear, linear])
+    assert average.main() == 2 and "got baseline" in capsys.readouterr().err

@@ -47,10 +47,12 @@ def run_baseline(config: TrainConfig, source: models.ModelSource) -> Path:
     embedded = time.perf_counter() - started
     classifier, best_c = fit(features, labels, config.class_weights)
     weight, bias = linear_map(classifier, job.data.num_classes)
-    known = np.isin(labels["validation"], labels["train"])  # a class that none was trained on has no scores to scale
+    classes = np.unique(labels["train"])  # one that none was trained on has no scores to scale
+    known = np.isin(labels["validation"], classes)
     if not known.all():
         say(f"note: {np.count_nonzero(~known)} validation rows are of classes that --limit left without a training row")
-    scale = fit_scale(features["validation"][known] @ weight.T + bias, labels["validation"][known])
+    margins = (features["validation"] @ weight.T + bias)[known][:, classes]
+    scale = fit_scale(margins, np.searchsorted(classes, labels["validation"][known]))
     weight, bias = weight * scale, bias * scale
     seconds = time.perf_counter() - started
 
@@ -163,12 +165,17 @@ def fit(
 def fit_scale(margins: np.ndarray, labels: np.ndarray) -> float:
     """The factor under which softmax(factor * margins) has the least cross-entropy on these rows (validation).
 
-    An SVC has no probabilities; one number, fitted where C was, gives some and cannot change a decision.
+    An SVC has no probabilities; one number, fitted where C was, gives some and cannot change a decision. The targets
+    are Platt's (1999): a row of n of its class counts as n + 1 of n + classes, else rows without a mistake would want
+    certainty.
     """
-    rows = np.arange(len(labels))
+    rows, classes = np.arange(len(labels)), margins.shape[1]
+    others = 1 / (np.bincount(labels, minlength=classes)[labels] + classes)  # [n]: what each of the others gets
+    targets = np.repeat(others[:, None], classes, axis=1)
+    targets[rows, labels] = 1 - (classes - 1) * others
 
     def loss(log_factor: float) -> float:
-        return -log_softmax(np.exp(log_factor) * margins, axis=1)[rows, labels].mean()
+        return -(targets * log_softmax(np.exp(log_factor) * margins, axis=1)).sum(axis=1).mean()
 
     return float(np.exp(minimize_scalar(loss, bounds=(-5, 5), method="bounded").x))
 

@@ -8,6 +8,7 @@ import argparse
 import json
 import math
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import Field, dataclass, field, fields
@@ -65,7 +66,7 @@ class Interrupted(KeyboardInterrupt):
     """The user stopped a run, which can go on later. `exit_code` is 128 + the signal's number."""
 
     def __init__(self, number: int, run_dir: Path, where: str) -> None:
-        super().__init__(f"stopped {where}; to go on: python main.py --resume {run_dir}")
+        super().__init__(f"stopped {where}; to go on: python main.py --resume {shlex.quote(str(run_dir))}")
         self.exit_code = 128 + number
 
 
@@ -311,7 +312,9 @@ def parse_args(argv: list[str] | None = None) -> TrainConfig:
     asked = {"mode": mode, "runs": runs, "texts": texts}
     asked["given"] = ",".join(values) if mode == "sweep" else ""
     run = values.get("resume")
-    if mode is None and (run is None or run == NEWEST):
+    if mode is None and run == NEWEST:
+        parser.error("--resume alone goes with --finetune and the flags of that run; or name it: --resume RUN")
+    if mode is None and run is None:
         parser.print_help(sys.stderr)
         parser.exit(2, "\nerror: choose one of " + ", ".join(f"--{mode}" for mode in MODES) + "\n")
     try:

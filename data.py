@@ -279,14 +279,17 @@ def _three_splits(splits: dict[str, datasets.Dataset], source: str, notes: list[
 
 
 def _overlaps(splits: dict[str, datasets.Dataset]) -> list[str]:
-    """A warning for each split with texts that an earlier one has: they flatter the scores."""
+    """A warning for each split with texts that an earlier one has, which flatter the scores, or has twice: intervals
+    count rows, and would be too narrow."""
     warnings = []
     earlier = _hashes(splits["train"])
     for split in ("validation", "test"):
         hashes = _hashes(splits[split])
         if copies := np.isin(hashes, earlier).sum():
             where = "train" if split == "validation" else "train or validation"
-            warnings.append(f"leakage: {copies} of {len(hashes)} {split} texts are also in {where}")
+            warnings.append(f"warning: leakage: {copies} of {len(hashes)} {split} texts are also in {where}")
+        if (copies := len(hashes) - len(np.unique(hashes))) > 0.02 * len(hashes):
+            warnings.append(f"warning: {copies} of {len(hashes)} {split} texts are copies of others there")
         earlier = np.concatenate([earlier, hashes])
     return warnings
 

@@ -45,6 +45,8 @@ def number_classes(
     if not declared and values == list(range(len(known_names))):
         declared = known_names
     names = tuple(map(str, declared or values))
+    if len({name.strip().lower() for name in names}) < len(names):
+        notes.append(f"warning: classes that differ in case or blanks alone: {brief(names)}")
     present = np.unique(kept["train"]["label"][:])
     if len(present) < 2:
         raise UserError(f"{source} (train): expected at least two classes, found only {brief(names[present[0]])}")

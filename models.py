@@ -17,7 +17,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 import hub
 import packaged
-from config import DEFAULT_MODEL, UserError, first_line
+from config import DEFAULT_MODEL, UserError, first_line, say
 from metrics import METRICS
 
 HUB_IDS = {DEFAULT_MODEL: f"distilbert/{DEFAULT_MODEL}"}
@@ -129,8 +129,8 @@ def _positions(config: Any) -> int:
 def load_classifier(source: ModelSource, label_names: tuple[str, ...]) -> nn.Module:
     """The encoder in fp32 under a head of `len(label_names)` outputs.
 
-    The head is drawn from torch's generator, but where the checkpoint has one of that size: then training goes on
-    from it. UserError where the checkpoint cannot be read, or its head has another number of classes.
+    The head is drawn from torch's generator, but where the checkpoint has one for the same classes: then training goes
+    on from it. One for other classes gets a new last layer. UserError where the checkpoint cannot be read.
     """
     if (Path(source.location) / "adapter_config.json").exists():  # transformers would put it on, and freeze the rest
         plain = "python main.py --merge RUN writes plain weights to RUN/merged"
@@ -146,14 +146,20 @@ def load_classifier(source: ModelSource, label_names: tuple[str, ...]) -> nn.Mod
             dtype=torch.float32,  # else a bf16 checkpoint would be trained in bf16
             use_safetensors=True,
             trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # of a head for another number of classes; looked at below
         )
     except Exception as error:  # of many kinds: safetensors', the hub's, shapes that differ
         reason = first_line(error)
         if isinstance(error, SafetensorError):  # it names no file
             reason = f"its model.safetensors is damaged: {reason}"
-        if "ignore_mismatched_sizes" in str(error):
-            reason = f"its weights have other shapes than its config.json and {len(names)} classes ask for"
         raise UserError(f"--model {source.name}: {reason}") from error
+    inner = f"{model.base_model_prefix}."
+    if mismatched := sorted(name for name, *_ in found["mismatched_keys"] if name.startswith(inner)):
+        raise UserError(
+            f"--model {source.name}: {len(mismatched)} of its weights, such as {mismatched[0]}, have other shapes than "
+            "its config.json asks for"
+        )
+    _refresh_head(model, source, label_names, found)
     missing = sorted(name for name in found["missing_keys"] if name.startswith(f"{model.base_model_prefix}."))
     missing = [name for name in missing if ".pooler." not in name]  # BERT's, which masked-LM checkpoints lack
     if missing:
@@ -161,6 +167,29 @@ def load_classifier(source: ModelSource, label_names: tuple[str, ...]) -> nn.Mod
             f"--model {source.name}: its weights lack {len(missing)} of the encoder's, such as {missing[0]}"
         )
     return model
+
+
+def _refresh_head(model: nn.Module, source: ModelSource, label_names: tuple[str, ...], found: dict[str, Any]) -> None:
+    """Draw the head's last layer anew where the checkpoint has one for other classes, and say so. found: what
+    transformers tells of the loading."""
+    inner = f"{model.base_model_prefix}."
+    linear = [
+        name for name, part in model.named_modules() if isinstance(part, nn.Linear) and not name.startswith(inner)
+    ]
+    if not linear or f"{linear[-1]}.weight" in found["missing_keys"]:
+        return  # the checkpoint has no head
+    theirs = list(dict(sorted((getattr(source.config, "id2label", None) or {}).items())).values())
+    unnamed = all(re.fullmatch(r"LABEL_\d+", name) for name in theirs)
+    same = [name.lower() for name in theirs] == [name.lower() for name in label_names]
+    if not found["mismatched_keys"] and (same or unnamed):
+        if not same:
+            say(f"note: the classes of the model's head have no names: taken for {', '.join(label_names)}")
+        return
+    say(f"note: the model's head is for other classes ({', '.join(theirs)}): its last layer is drawn anew")
+    last = model.get_submodule(linear[-1])
+    nn.init.normal_(last.weight, std=getattr(model.config, "initializer_range", 0.02))
+    if last.bias is not None:
+        nn.init.zeros_(last.bias)
 
 
 def load_saved(source: ModelSource, label_names: tuple[str, ...]) -> nn.Module:
@@ -225,7 +254,9 @@ def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float, layers: 
         target_modules=rf"{prefix}\.({'|'.join(map(re.escape, linear))})",
         modules_to_save=heads,
     )
-    return get_peft_model(model, settings)
+    with warnings.catch_warnings():  # PEFT reads names that transformers is about to drop
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(model, settings)
 
 
 def encoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -299,6 +330,11 @@ def save_model(model: nn.Module, tokenizer: Any, folder: Path, card: str) -> Non
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
+def positive_class(data: dict[str, Any]) -> str | None:
+    """The class that precision, recall and F1 are about: the second of two. Of more, they are means over all."""
+    return data["labels"][1] if len(data["labels"]) == 2 else None
+
+
 def model_card(record: dict[str, Any], scores: dict[str, Any]) -> str:
     """README.md of the saved model: base and its source, data, metrics with intervals, limits."""
     model, data, test = record["model"], record["data"], scores["test"]
@@ -308,7 +344,9 @@ def model_card(record: dict[str, Any], scores: dict[str, Any]) -> str:
     ]
     title = f"fine-tuned ({record['method']})"
     chosen = f"Best epoch by validation accuracy, then loss: {record['best_epoch']} of {record['config']['epochs']}."
+    once = "One run with one seed: another seed gives another number. "
     if record["method"] == "baseline":
+        once = ""
         title = "frozen, with a LinearSVC (linear.safetensors),"
         chosen = f"C by validation accuracy: {record['C']:g}."
     return "\n".join(
@@ -324,13 +362,14 @@ def model_card(record: dict[str, Any], scores: dict[str, Any]) -> str:
             f"{model['license'] or 'its card names none, so ask where it comes from'}.",
             f"- Data: {data['name']} ({data['source']}), rows {data['rows']}; classes: {', '.join(data['labels'])}.",
             f"- {chosen}",
+            *(f"- {note[0].upper()}{note[1:]}." for note in data["notes"]),
+            *([f"- Precision, recall and F1 are those of {positive!r}."] if (positive := positive_class(data)) else []),
             "",
             f"| test ({test['rows']} rows) | value | 95% interval over rows |",
             "|---|---|---|",
             *rows,
             "",
-            "One run with one seed: another seed gives another number. For texts like those of its data; not checked",
-            "for bias, and not for decisions about people.",
+            once + "For texts like those of its data; not checked for bias, and not for decisions about people.",
             "",
         ]
     )

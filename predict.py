@@ -79,6 +79,8 @@ def open_saved(run: str, flag: str) -> SavedRun:
     except OSError as error:
         raise UserError(f"--{flag}: expected a run folder with its config.json, got {run!r}") from error
     except (ValueError, KeyError, TypeError) as error:
+        if (path.resolve().parent / "result.json").exists():
+            raise UserError(f"--{flag}: expected the run's folder, {path.resolve().parent}, got its {run!r}") from error
         raise UserError(f"--{flag}: {path / 'config.json'} is damaged ({type(error).__name__}: {error})") from error
     if not (path / "result.json").exists():
         raise saved.error(f"not finished; go on with it: python main.py --resume {run}")

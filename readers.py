@@ -71,6 +71,7 @@ def choose_column(kind: str, found: list[str], where: str, wanted: str | None, g
     if column is None:
         hint = "; is it comma-separated (.csv) or tab-separated (.tsv)?" if len(found) == 1 else ""
         hint = hint or f"; name it with --{kind}_column"
+        hint += " (rows without labels are for --predict)" * (kind == "label")
         raise UserError(f"{where}: expected a column {' or '.join(names)}, found {brief(found)}{hint}")
     return column
 
@@ -89,7 +90,8 @@ def text_lines(handle: BinaryIO, where: str) -> Iterator[str]:
             line = (raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw).decode()
         except UnicodeDecodeError as error:
             found = f"the byte 0x{error.object[error.start]:02x}"
-            hint = "; convert it, such as by iconv -f latin1 -t utf-8"
+            kind = "utf-16" if number == 1 and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "latin1"
+            hint = f"; convert it, such as by iconv -f {kind} -t utf-8"
             raise UserError(f"{where}, line {number}: expected UTF-8, found {found}{hint}") from error
         if "\0" in line:
             raise UserError(f"{where}, line {number}: expected UTF-8 text, found a NUL byte")

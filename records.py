@@ -45,7 +45,7 @@ class Run:
     config: dict[str, Any]  # what it computed, without PLACES
     method: str
     model: dict[str, str]  # name, kind, fingerprint
-    data: dict[str, Any]  # name, kind, labels, rows, fingerprints
+    data: dict[str, Any]  # name, kind, labels, rows, fingerprints, notes (records from before lack those)
     facts: dict[str, Any]
     val: dict[str, Any]
     test: dict[str, Any]
@@ -279,7 +279,7 @@ def _from_folder(folder: Path, rows: dict[str, Rows]) -> Run:
         {key: value for key, value in identity(result["config"]) if key not in PLACES},
         result["method"],
         {key: result["model"][key] for key in ("name", "kind", "fingerprint")},
-        {key: result["data"][key] for key in ("name", "kind", "labels", "rows", "fingerprints")},
+        {key: result["data"][key] for key in ("name", "kind", "labels", "rows", "fingerprints", "notes")},
         {key: result.get(key) for key in FACTS},
         result["val"],
         result["test"],

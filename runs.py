@@ -9,7 +9,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
@@ -74,8 +73,6 @@ def prepare(config: TrainConfig, source: models.ModelSource) -> Job:
         here = config.dataset, config.dataset_dir, config.limit, config.seed
         data = load_data(*here, columns, _began_packaged(config, "data"))
         splits, cut = tokenize(data, Cutter(tokenizer, max_length, config.truncation))
-        for note in cut:
-            accelerator.print(f"warning: {note}", file=sys.stderr, flush=True)
         data = replace(data, notes=(*data.notes, *cut))
     torch.manual_seed(config.seed)  # decides the new head, the adapters, and every dropout from here on
     model = models.load_classifier(source, data.label_names)
@@ -97,7 +94,7 @@ def announce(job: Job, record: dict[str, Any]) -> None:
     say(f"model  {job.source.name}\ndata   {data.name}: {rows} rows (train / validation / test)")
     say(f"       classes: {', '.join(data.label_names)}\ndevice {job.accelerator.device}, {job.precision}")
     for note in data.notes:
-        say(f"note: {note}")
+        say(note if note.startswith("warning: ") else f"note: {note}")
     if (few := len(data.splits["validation"])) < FEW_ROWS:
         say(f"warning: validation has {few} rows: too few to choose well by")
     if trained := record.get("trainable_parameters"):
@@ -230,7 +227,8 @@ def check_same(record: dict[str, Any], run_dir: Path) -> None:
 def _without_origin(value: Any) -> Any:
     """A record of a model or of data without where it came from: names and fingerprints decide whether it is the same,
     and a repository on the hub has another revision after every change of its card."""
-    return {k: v for k, v in value.items() if k not in ("source", "license")} if isinstance(value, dict) else value
+    aside = ("source", "license", "notes")
+    return {k: v for k, v in value.items() if k not in aside} if isinstance(value, dict) else value
 
 
 def _difference(name: str, was: Any, now: Any) -> str | None:
@@ -342,6 +340,7 @@ def write_outcome(job: Job, run_dir: Path, result: dict[str, Any], probabilities
         draw_curves(run_dir, result["best_epoch"])
     for file in (run_dir / "predictions.jsonl", run_dir / "metrics.jsonl", *(run_dir / "model").iterdir()):
         packaged.flush(file)
+    result["positive_class"] = models.positive_class(result["data"])
     write_json(run_dir / "result.json", result)
     print(summary(result))
     print(f"run folder: {run_dir}")
@@ -370,4 +369,7 @@ def summary(result: dict[str, Any]) -> str:
             f"{split:11}{got['rows']:6d}  {got['loss']:6.4f}  {got['accuracy']:.4f} ({low:.3f}-{high:.3f})"
             f"{got['precision']:11.4f}{got['recall']:9.4f}{got['f1']:9.4f}{got['macro_f1']:8.4f}"
         )
+    about = result.get("positive_class")
+    lines.append(f"precision, recall and f1: {f'of {about!r}' if about else 'means over the classes'}")
+    lines += [note for note in result["data"]["notes"] if note.startswith("warning: ")]
     return "\n".join(lines)

@@ -73,7 +73,7 @@ def tokenize(data: TextData, cutter: Cutter) -> tuple[dict[str, TokenSplit], lis
         done[name] = TokenSplit(ids, labels, lengths, starts, cutter.tokenizer.pad_token_id, key)
         if cut:
             longer = f"longer than {cutter.max_length} tokens and were cut (--max_length, --truncation)"
-            notes.append(f"{name}: {cut} of {len(rows)} texts ({cut / len(rows):.1%}) are {longer}")
+            notes.append(f"warning: {name}: {cut} of {len(rows)} texts ({cut / len(rows):.1%}) are {longer}")
     return done, notes
 
 

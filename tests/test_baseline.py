@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 import torch
 from conftest import read_json, read_lines
 from safetensors.numpy import load_file
@@ -33,6 +34,15 @@ def test_a_damaged_file_of_embeddings_is_made_again(cli):
             file.write_bytes(damaged or file.read_bytes()[:-100])
         assert cli("--baseline")[0] == 0
     assert len({json.dumps(read_json(run / "result.json")["test"]) for run in cli.runs.iterdir()}) == 1
+
+
+def test_a_validation_set_without_a_mistake_wants_no_certainty():
+    """Without Platt's targets the factor would run to its bound, and one wrong test row would cost 100 nats."""
+    import baseline
+
+    margins = np.array([[-1.0, 1.0], [1.0, -1.0]] * 6)
+    scale = baseline.fit_scale(margins, np.array([1, 0] * 6))
+    assert 1 / (1 + np.exp(-2 * scale)) == pytest.approx(7 / 8, abs=0.01)  # six of its class: 7 of 8
 
 
 def test_a_class_that_limit_leaves_without_a_training_row_spoils_no_probabilities(cli, tmp_path):

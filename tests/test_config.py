@@ -56,6 +56,10 @@ def test_modes(words, mode, method, runs):
     assert (config.mode, config.method, config.runs) == (mode, method, runs)
 
 
+def test_resume_alone_says_what_it_goes_with(capsys):
+    assert "--resume RUN" in (said := refusal(capsys, "--resume")) and said.count("\n") == 1
+
+
 def test_texts_behind_two_dashes_may_begin_with_one():
     assert parse_args(["--predict", "runs/a", "good", "--", "-dull", "--lr"]).texts == ("good", "-dull", "--lr")
 

@@ -246,7 +246,7 @@ REFUSED = {
     "NUL byte in JSON": ("f.jsonl", JSONL + '{"text": "\0"}', ["line 61", "NUL"]),
     "latin-1": ("f.csv", BASE.encode() + b"caf\xe9,pos\n", [f"line {NEXT_LINE}", "UTF-8", "0xe9"]),
     "latin-1 behind a BOM": ("f.csv", b"\xef\xbb\xbf" + BASE.encode() + b"\xe9", [f"line {NEXT_LINE}", "0xe9"]),
-    "UTF-16": ("f.csv", BASE.encode("utf-16"), ["line 1", "UTF-8", "0xff"]),
+    "UTF-16": ("f.csv", BASE.encode("utf-16"), ["line 1", "UTF-8", "0xff", "iconv -f utf-16"]),
     "a picture": ("f.csv", b"\x89PNG\r\n\x1a\n" + bytes(range(256)), ["line 1", "UTF-8", "0x89"]),
     "empty": ("f.csv", "", ["empty file"]),
     "empty JSON": ("f.jsonl", "\n\n", ["empty file"]),

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT, read_json, read_lines
+from safetensors.numpy import load_file
 
 import models
 from fast import FastClassifier
@@ -211,6 +212,7 @@ WRONG = {
     "a header alone": (None, ("--input", "{header}", "--output", "x.csv"), None, "expected rows of text, found none"),
     "an empty list": (None, ("--input", "{list}", "--output", "x.jsonl"), None, "expected rows of text, found none"),
     "a column that no row has": (None, ("--input", "{rows}", "--text_column", "nope"), None, "the column 'nope'"),
+    "the model's folder": ("{run}/model", (), None, "expected the run's folder"),
     "two columns of a name": (None, ("--input", "{twice}"), None, "expected columns of different names"),
     "half a pair": (None, ("--input", "{half}"), None, "line 1: expected a text under 'text'"),
     "an argument that is not UTF-8": (None, ("caf\udce9",), None, "expected texts in UTF-8"),
@@ -231,7 +233,8 @@ def test_what_the_user_got_wrong_is_one_line(runs, predict, tmp_path, monkeypatc
     for name, content in files.items():
         (tmp_path / paths[name]).write_bytes(content)
     run, words, stdin, expected = WRONG[case]
-    code, out, err = predict(run or runs["full"], *(word.format(**paths) for word in words), stdin=stdin)
+    run = run.format(run=runs["full"]) if run else runs["full"]
+    code, out, err = predict(run, *(word.format(**paths) for word in words), stdin=stdin)
     last = err.strip().splitlines()[-1]
     assert code == 2 and last.startswith("error: ") and expected in last and "Traceback" not in err
     assert out == "" and not list(tmp_path.glob("x.*"))
@@ -265,6 +268,36 @@ def test_a_record_that_says_nonsense_is_one_line(runs, predict, tmp_path, damage
     (run / "config.json").write_text(json.dumps(record))
     code, _, err = predict(run, "good")
     assert code == 2 and err.startswith("error: --predict") and str(run) in err and len(err.splitlines()) == 1
+
+
+def test_a_head_is_kept_for_the_classes_it_was_trained_on_alone(runs, cli, tmp_path):
+    """The same names, in any case: training goes on. Others, or another number: a new last layer, and it is said."""
+    base = runs["full"] / "model"
+
+    def head(run: Path) -> np.ndarray:
+        return load_file(run / "model" / "model.safetensors")["classifier.weight"]
+
+    def start(names: dict[str, str], dataset: str = "rotten_tomatoes") -> tuple[np.ndarray, str]:
+        folder = shutil.copytree(base, tmp_path / "model", dirs_exist_ok=True)
+        config = read_json(folder / "config.json")
+        config["id2label"] = {str(n): names.get(name, name) for n, name in enumerate(config["id2label"].values())}
+        config["label2id"] = {name: int(n) for n, name in config["id2label"].items()}
+        (folder / "config.json").write_text(json.dumps(config))
+        words = ("--epochs", "1", "--lr", "1e-12", "--model", str(folder))
+        code, _, err = cli("--finetune", *words, dataset=dataset)
+        assert code == 0, err
+        run = max(cli.runs.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        return head(run), err
+
+    was = head(runs["full"])
+    kept, said = start({"neg": "NEG"})
+    assert np.allclose(kept, was, atol=1e-6) and "head" not in said
+    unnamed, said = start({"neg": "LABEL_0", "pos": "LABEL_1"})
+    assert np.allclose(unnamed, was, atol=1e-6) and "have no names" in said
+    fresh, said = start({"neg": "bad", "pos": "good"})
+    assert np.abs(fresh - was).max() > 0.01 and "other classes (bad, good)" in said
+    more, said = start({}, "ag_news")
+    assert len(more) == 4 and "other classes (neg, pos)" in said
 
 
 def test_two_merges_at_once_give_one_result(runs, capsys, monkeypatch, tmp_path):
@@ -404,6 +437,7 @@ def test_the_card_names_base_data_and_limits(runs):
 def test_the_card_of_a_baseline_promises_no_head(runs):
     card = (runs["baseline"] / "model" / "README.md").read_text()
     assert "pipeline_tag" not in card and "epoch" not in card and "linear.safetensors" in card
+    assert "another seed" not in card and "Precision, recall and F1 are those of 'pos'" in card
     assert f"C by validation accuracy: {read_json(runs['baseline'] / 'result.json')['C']:g}." in card
 
 

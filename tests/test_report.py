@@ -431,6 +431,23 @@ def test_a_report_of_an_unfinished_run_or_of_nothing_says_what_to_do(cli, tmp_pa
     assert f"{tmp_path / 'nope'} does not exist" in cli("--report", str(tmp_path / "nope"), dataset=None)[2]
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_of_few_test_rows_no_difference_is_called_shown(studies, tmp_path):
+    """Of 50 rows, all right in one cell and all wrong in another: resampling would be certain."""
+    some = [run for run in studies if run.data["name"] == "rotten_tomatoes" and run.seed < 3]
+    rows = {name: getattr(some[0].rows, name)[:50] for name in ("labels", "words", "negated")}
+    rows = replace(some[0].rows, **rows)
+    runs = []
+    for run in some:
+        wrong = run.method == "lora"
+        told = {"predicted": 1 - rows.labels if wrong else rows.labels, "confidence": run.confidence[:50]}
+        notes = {"notes": ["warning: leakage: 3 of 50 test texts are also in train", "12 rows held out"]}
+        runs.append(replace(run, rows=rows, data=run.data | notes, **told))
+    text = report.markdown(report.build(group_cells(runs)[0], tmp_path))
+    assert "**Warning: too few test rows" in text and "**Warning: leakage: 3 of 50 test texts" in text
+    assert "12 rows held out" not in text and "is not shown to differ" in text and " than full" not in text
+
+
 def test_pictures_count_one_seed_leave_room_for_markers_and_have_no_milliseconds(studies):
     import matplotlib.pyplot as plt
 

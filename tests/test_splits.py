@@ -117,7 +117,18 @@ def test_texts_shared_between_splits_are_warned_of(tmp_path):
     written(tmp_path / "test.csv", "text,label\n good film 2,pos\nbad film 1,pos\nnew,neg\nnewest,neg\n")
     found = load(tmp_path)
     assert note(found, "leakage: 1 of 3 validation texts are also in train")
-    assert note(found, "leakage: 3 of 4 test texts are also in train or validation")
+    assert note(found, "leakage: 3 of 4 test texts are also in train or validation").startswith("warning: ")
+
+
+def test_copies_and_classes_that_differ_in_case_are_warned_of(tmp_path):
+    """Intervals count rows: three of each make them too narrow."""
+    for split, rows in (("train", ROWS), ("validation", ROWS[:6]), ("test", ROWS[25:35] * 3)):
+        written(tmp_path / f"{split}.csv", csv(rows))
+    found = load(tmp_path)
+    assert note(found, "20 of 30 test texts are copies").startswith("warning: ")
+    assert not note(found, "validation texts are copies") and not note(found, "case")
+    written(tmp_path / "train.csv", csv(ROWS) + f"another film,{ROWS[0][1].upper()}\n")
+    assert note(load(tmp_path), "classes that differ in case").startswith("warning: ")
 
 
 def test_limit_draws_at_random_from_rows_sorted_by_class(tmp_path):

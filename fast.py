@@ -114,8 +114,8 @@ class Replay:
     SEEDS = 512  # dropout masks of one pass at most
     MOST = 512  # recordings that are kept, of 10 to 40 kB each; other shapes are computed without
 
-    def __init__(self, fast: "FastClassifier", b: int, length: int, first: int, training: bool, save: bool):
-        self.fast, self.shape, self.first = fast, Shape(b, length, torch.empty(b, dtype=torch.int64)), first
+    def __init__(self, fast: "FastClassifier", b: int, length: int, start: int, training: bool, save: bool):
+        self.fast, self.shape, self.start = fast, Shape(b, length, torch.empty(b, dtype=torch.int64)), start
         self.draw, self.save = Draw(training, b, seeds=fast.seeds), save
         self.space, self.tape, self.tape_back = Workspace(fast.chunks), None, None
 
@@ -129,7 +129,7 @@ class Replay:
         tape = Tape()
         with within(self.space), tape.recording():
             self.x, self.dy = empty(*x.shape).copy_(x), empty(self.shape.b, x.shape[1])
-            self.cls, self.layers = self.fast._forward(self.x, self.shape, self.first, self.draw, self.save)
+            self.cls, self.layers = self.fast._forward(self.x, self.shape, self.start, self.draw, self.save)
         self.tape = tape
         return self.cls.clone()
 
@@ -210,9 +210,9 @@ class FastClassifier:
         self.pending: Callable[[], Kept | None] = lambda: None  # whose memory is in use
         self.frozen_prefix = frozen_prefix
         trained = [i for i, b in enumerate(blocks) if any(p.requires_grad for p in b.parameters())]
-        self.first = -1 if self.embedding.trained else min(trained, default=len(blocks))  # lowest with a gradient
-        if frozen_prefix and self.first < frozen_prefix:
-            raise ValueError(f"layer {self.first} is trainable but frozen_prefix is {frozen_prefix}")
+        self.lowest_trained = -1 if self.embedding.trained else min(trained, default=len(blocks))
+        if frozen_prefix and self.lowest_trained < frozen_prefix:
+            raise ValueError(f"layer {self.lowest_trained} is trainable but frozen_prefix is {frozen_prefix}")
         self.lazy, self.table_grads = None, []
         self.anchor = torch.zeros((), requires_grad=True)
         if self.graphed:
@@ -239,31 +239,31 @@ class FastClassifier:
         else:
             x = source.flatten(0, 1)
         kept = Kept(embedded if save and self.embedding.trained else None, None, (), shape)
-        first = 0 if from_ids else self.frozen_prefix
-        if replay := self._replay(shape, first, draw, save):
+        start = 0 if from_ids else self.frozen_prefix
+        if replay := self._replay(shape, start, draw, save):
             kept.replay, self.pending = replay, weakref.ref(kept)
             return replay.forward(x, shape.lengths), kept
-        cls, kept.layers = self._forward(x.float(), shape, first, draw, save)
+        cls, kept.layers = self._forward(x.float(), shape, start, draw, save)
         return cls, kept
 
-    def _replay(self, shape: Shape, first: int, draw: Draw, save: bool) -> Replay | None:
+    def _replay(self, shape: Shape, start: int, draw: Draw, save: bool) -> Replay | None:
         """The recording for this pass, where it can be one, and no pass before still needs the memory."""
         if not self.recordable or draw.whole != draw.rows or self.pending() is not None:
             return None
         key = shape.b, shape.length, draw.training, save
         if key not in self.replays and len(self.replays) < Replay.MOST:
-            self.replays[key] = Replay(self, shape.b, shape.length, first, draw.training, save)
+            self.replays[key] = Replay(self, shape.b, shape.length, start, draw.training, save)
         return self.replays.get(key)
 
     def _forward(
-        self, x: Tensor, shape: Shape, first: int, draw: Draw, save: bool, stop: int | None = None
+        self, x: Tensor, shape: Shape, start: int, draw: Draw, save: bool, stop: int | None = None
     ) -> tuple[Tensor, list]:
-        """The layers from `first` to `stop`: [N, D] -> [N, D], or the CLS state [B, D] from the last one; and what
+        """The layers from `start` to `stop`: [N, D] -> [N, D], or the CLS state [B, D] from the last one; and what
         their backward needs, if it is to be saved."""
         stream, layers = (x, None), []
-        for i, layer in enumerate(self.layers[first:stop], first):
+        for i, layer in enumerate(self.layers[start:stop], start):
             stream, kept = layer.forward(stream, shape, draw)
-            layers.append(kept if save and i >= self.first else None)
+            layers.append(kept if save and i >= self.lowest_trained else None)
             del kept  # its memory is the next layer's, where it is not saved
         return stream[0], layers
 
@@ -286,7 +286,7 @@ class FastClassifier:
         for layer, kept in zip(reversed(self.layers), reversed(layers)):
             if kept is None:
                 break
-            lowest = self.first >= 0 and layer is self.layers[self.first]
+            lowest = self.lowest_trained >= 0 and layer is self.layers[self.lowest_trained]
             stream = layer.backward(stream, kept, shape, need_dx=not lowest)
         return stream
 

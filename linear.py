@@ -36,7 +36,7 @@ class Arena:
     AdamW, one gradient norm, one all-reduce and one cast to bf16 a step, and q, k, v as one product.
 
     The gradients of `matrices` are products in bf16. As long as there is one backward a step they stay so, in
-    `half`: the optimiser reads them there, and no pass widens them (6 ms of a step). `widen` does, for a sum.
+    `matrix_grads`: the optimiser reads them there, and no pass widens them (6 ms of a step). `widen` does, for a sum.
     A backward writes every gradient anew, inside `adding`, which adds up.
     """
 
@@ -56,7 +56,7 @@ class Arena:
         self.grad = torch.zeros_like(self.flat[: self.trained])
         self.compute = self.flat if dtype == torch.float32 else self.flat.to(dtype)
         wide = self.grad[: sum(p.numel() for p in self.matrices)]
-        self.half = wide if dtype == torch.float32 else torch.zeros_like(wide, dtype=dtype)
+        self.matrix_grads = wide if dtype == torch.float32 else torch.zeros_like(wide, dtype=dtype)
         self.offsets, start = {}, 0
         for p in self.params:
             if frozen and p is frozen[0]:
@@ -65,7 +65,9 @@ class Arena:
             p.data = self.view(self.flat, [p])
             start += p.numel()
         self.grads = [(p, self.view(self.grad, [p])) for p in self.decayed + self.plain]
-        self.squares = torch.zeros(len(self.matrices), dtype=torch.float64)  # of `half`, as the products sum them
+        self.squares = torch.zeros(
+            len(self.matrices), dtype=torch.float64
+        )  # of `matrix_grads`, as the products sum them
         self.packed: dict[int, TiledMatrix] = {}  # trained ones by their place in `flat`; who changes them packs them
         self.listeners: list = []  # called after a step changed `compute`
         self.reloads: list = []  # called after anything may have changed it
@@ -87,11 +89,11 @@ class Arena:
         return self.view(self.grad, params) if params[0].requires_grad else None
 
     def matrix_grad(self, params: list[nn.Parameter]) -> Tensor | None:
-        return self.view(self.half, params) if params[0].requires_grad else None
+        return self.view(self.matrix_grads, params) if params[0].requires_grad else None
 
     def reset_grad(self) -> None:
         """Forget the gradient: no pass fills it with zeros."""
-        self.fresh, self.widened = True, self.half.dtype == self.grad.dtype
+        self.fresh, self.widened = True, self.matrix_grads.dtype == self.grad.dtype
         for p, view in self.grads:
             p.grad = view
 
@@ -102,7 +104,7 @@ class Arena:
             yield
         else:
             self.widen()
-            before, self.widened = self.grad.clone(), self.half.dtype == self.grad.dtype
+            before, self.widened = self.grad.clone(), self.matrix_grads.dtype == self.grad.dtype
             yield
             self.widen()
             self.grad += before
@@ -111,14 +113,14 @@ class Arena:
     def widen(self) -> None:
         """Make `grad` hold all of the gradient."""
         if not self.widened:
-            self.grad[: len(self.half)].copy_(self.half)
+            self.grad[: len(self.matrix_grads)].copy_(self.matrix_grads)
             self.widened = True
 
     def parts(self) -> list[tuple[slice, Tensor]]:
         """The trained parameters' gradient where it is now: (their place in `flat`, gradient), decayed ones first."""
-        cuts = [0, *([] if self.widened else [len(self.half)]), self.decayed_size, self.trained]
+        cuts = [0, *([] if self.widened else [len(self.matrix_grads)]), self.decayed_size, self.trained]
         places = [slice(start, end) for start, end in pairwise(cuts) if start < end]
-        return [(at, self.half if at.start == 0 and not self.widened else self.grad[at]) for at in places]
+        return [(at, self.matrix_grads if at.start == 0 and not self.widened else self.grad[at]) for at in places]
 
     def pieces(self) -> Iterator[tuple[slice, Tensor, TiledMatrix | None]]:
         """`parts`, cut where packed matrices begin and end: (place, gradient, the matrix at it)."""
@@ -150,9 +152,9 @@ class Arena:
             self.pack()
         for listener in self.listeners:
             listener()
-        self.settle()
+        self.note_versions()
 
-    def settle(self) -> None:
+    def note_versions(self) -> None:
         """The parameters are what `compute` was made of."""
         self.versions = self._versions()
 

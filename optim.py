@@ -324,7 +324,7 @@ class GraphedAdamW(FastAdamW):
         else:
             self._update()
             self.graphs[self.arena.widened] = Graph(self._update, self.fast.pool, alone=True)
-        self.arena.settle()
+        self.arena.note_versions()
         return self.norm
 
     def _update(self) -> None:
@@ -338,7 +338,7 @@ class GraphedAdamW(FastAdamW):
             group, rate = self.param_groups[number], self.rates[number]
             state = (arena.flat[at], part, self.m[at], self.v[at])
             if self.kernel:
-                unread = len(arena.half) <= at.start < arena.decayed_size  # embeddings and head, but in fp32
+                unread = len(arena.matrix_grads) <= at.start < arena.decayed_size  # embeddings and head, but in fp32
                 copy = None if unread or arena.compute is arena.flat else arena.compute[at]
                 self.kernel.update(*state, copy, self.count, rate, group["weight_decay"], group["eps"], scale, finite)
                 continue

@@ -60,7 +60,7 @@ static bool tiles_allowed() {
 }
 
 // gcc 12 does not know what the instructions for tiles read: to stand between writing that and using it.
-static inline void settle() { asm volatile("" ::: "memory"); }
+static inline void compiler_barrier() { asm volatile("" ::: "memory"); }
 
 // Registers 0 to 3 hold the result, 2 x 2 tiles, of which the upper ones have `top` rows and the lower ones `bottom`;
 // 4 and 5 the left operand, 6 and 7 the right one.
@@ -73,7 +73,7 @@ static void shape_tiles(i64 top, i64 bottom) {
     for (int i : {0, 1, 4}) shape.rows[i] = uint8_t(top);
     for (int i : {2, 3, 5}) shape.rows[i] = uint8_t(bottom);
     shape.rows[6] = shape.rows[7] = ROWS;
-    settle();
+    compiler_barrier();
     _tile_loadconfig(&shape);
 }
 
@@ -82,7 +82,7 @@ static inline void tile_block(i64 k, const bf16* a, i64 lda, const bf16* b, floa
     const i64 deep = (k + DEEP - 1) / DEEP;
     const bf16 *low = a + (PACKED ? deep * TILE : ROWS * lda), *right = b + deep * TILE;
     const i64 stride = PACKED ? 64 : 2 * lda, next = PACKED ? TILE : DEEP;
-    settle();
+    compiler_barrier();
     _tile_zero(0);
     _tile_zero(1);
     if (BOTTOM) {
@@ -116,7 +116,7 @@ static inline void block(i64 rows, i64 k, const bf16* a, i64 lda, const bf16* b,
 
 // out [16, 16] = a b, both as tiles down the inner dimension.
 static inline void skinny(i64 deep, const bf16* a, const bf16* b, float* out) {
-    settle();
+    compiler_barrier();
     _tile_zero(0);
     for (i64 p = 0; p < deep; p++) {
         _tile_loadd(4, a + p * TILE, 64);

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -313,7 +314,8 @@ def _drop_torn_line(path: Path) -> None:
 
 
 def rebuild_hint(spec: Spec) -> str:
-    return f"metrics.jsonl has everything; to rebuild the copy: python main.py --sync {spec['run_dir']}"
+    command = f"python main.py --sync {shlex.quote(spec['run_dir'])} --{spec['tracker']}"
+    return f"metrics.jsonl has everything; to rebuild the copy: {command}"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -172,16 +172,15 @@ def _read(
     if Path(name).suffix.lower() in ENDINGS or name.startswith((".", "/", "~")):
         raise UserError(f"--dataset: expected a file, a folder or a data set's name, found nothing at {name}")
     hub_id = KNOWN[name].hub_id if name in KNOWN else name
+    if from_package:
+        return _packaged_reviews(columns)
     try:
-        raw = {} if from_package else datasets.load_dataset(hub_id)
+        raw = datasets.load_dataset(hub_id)
     except Exception as error:  # the hub's clients raise errors of many libraries, some of them no OSError
         if dataset is not None:
             raise UserError(_hub_failure("dataset", name, error)) from error
         packaged.announce(packaged.REVIEWS_NAME, packaged.REVIEWS_WHEEL)
-        from_package = True
-    if from_package:
-        splits = _read_files(packaged.reviews_folder(), columns)
-        return packaged.REVIEWS_NAME, "packaged", packaged.REVIEWS_WHEEL.requirement, splits
+        return _packaged_reviews(columns)
     source = f"{hub.endpoint()}/datasets/{hub_id}"
     splits = {}
     for split in (split for split in raw if split in SPLIT_NAMES):
@@ -190,6 +189,11 @@ def _read(
         chosen = choose_columns(raw[split].column_names, f"{source} ({split})", columns)
         splits[SPLIT_NAMES[split]] = _named(raw[split].select_columns(list(chosen)))
     return name, "hub", source, splits
+
+
+def _packaged_reviews(columns: Columns) -> tuple[str, str, str, dict[str, datasets.Dataset]]:
+    splits = _read_files(packaged.reviews_folder(), columns)
+    return packaged.REVIEWS_NAME, "packaged", packaged.REVIEWS_WHEEL.requirement, splits
 
 
 def _hub_failure(what: str, name: str, error: Exception) -> str:
@@ -235,7 +239,7 @@ def _split_files(seen: list[Path]) -> dict[str, list[Path]]:
     """
     kinds: dict[str, dict[str, list[Path]]] = {}
     for file in seen:
-        named = re.match(r"(train|validation|valid|val|dev|test)(?![a-z])(.*)", file.stem.lower())
+        named = re.match(rf"({'|'.join(SPLIT_NAMES)})(?![a-z])(.*)", file.stem.lower())
         if named and file.suffix.lower() in ENDINGS:
             part = re.fullmatch(r"[-_.]?\d+([-_.]of[-_.]\d+)?(-[0-9a-f]+)?", named[2])
             kind = "named" if not named[2] else "numbered" if part else "begins so"

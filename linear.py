@@ -65,9 +65,7 @@ class Arena:
             p.data = self.view(self.flat, [p])
             start += p.numel()
         self.grads = [(p, self.view(self.grad, [p])) for p in self.decayed + self.plain]
-        self.squares = torch.zeros(
-            len(self.matrices), dtype=torch.float64
-        )  # of `matrix_grads`, as the products sum them
+        self.squares = torch.zeros(len(self.matrices), dtype=torch.float64)  # of their gradients; the products sum them
         self.packed: dict[int, TiledMatrix] = {}  # trained ones by their place in `flat`; who changes them packs them
         self.listeners: list = []  # called after a step changed `compute`
         self.reloads: list = []  # called after anything may have changed it

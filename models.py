@@ -160,7 +160,7 @@ def load_classifier(source: ModelSource, label_names: tuple[str, ...]) -> nn.Mod
             "its config.json asks for"
         )
     _refresh_head(model, source, label_names, found)
-    missing = sorted(name for name in found["missing_keys"] if name.startswith(f"{model.base_model_prefix}."))
+    missing = sorted(name for name in found["missing_keys"] if name.startswith(inner))
     missing = [name for name in missing if ".pooler." not in name]  # BERT's, which masked-LM checkpoints lack
     if missing:
         raise UserError(

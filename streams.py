@@ -115,8 +115,7 @@ def _csv(file: Path, choose: Choose) -> Iterator[tuple[dict[str, Any], str]]:
     for line, header in islice(rows, 1):
         column = choose(header, f"{file}, line {line} (taken as the header)")
         _check_free(header, f"{file}, line {line}")
-        if len(set(header)) < len(header):
-            raise UserError(f"{file}, line {line}: expected columns of different names, found {brief(header)}")
+        _check_different(header, f"{file}, line {line}")
     for _, cells in rows:
         row = dict(zip(header, cells))
         yield row, row.get(column, "")
@@ -146,8 +145,7 @@ def _parquet_windows(file: Path, choose: Choose) -> Iterator[Window]:
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{file}: expected a parquet file: {brief(str(error))}") from error
     names = parquet.schema_arrow.names
-    if len(set(names)) < len(names):
-        raise UserError(f"{file}: expected columns of different names, found {brief(names)}")
+    _check_different(names, str(file))
     column = choose(names, str(file))
     _check_free(names, str(file))
     kind = parquet.schema_arrow.field(column).type
@@ -164,6 +162,11 @@ def _parquet_windows(file: Path, choose: Choose) -> Iterator[Window]:
             raise UserError(f"{file}: expected a parquet file of UTF-8: {brief(str(error))}") from error
 
     return windows()
+
+
+def _check_different(names: list[str], where: str) -> None:
+    if len(set(names)) < len(names):
+        raise UserError(f"{where}: expected columns of different names, found {brief(names)}")
 
 
 def _check_free(names: Any, where: str) -> None:

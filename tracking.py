@@ -174,12 +174,16 @@ def sync(run_dir: Path, *, wandb: bool = False, comet: bool | None = None) -> li
         raise UserError(f"{run_dir} was recorded without a tracker: choose with --wandb or --comet where to upload it")
     lock = FileLock(run_dir / ".lock", blocking=False)  # the run's own (runs.open_run)
     try:
-        with lock:
-            return _sync_each(run_dir, record, states, on)
+        lock.acquire()
     except Timeout:
         raise UserError(f"{run_dir}: a process is still at work on this run") from None
     except OSError as error:
         raise UserError(f"{run_dir}: cannot be written: {error.strerror or error}") from error
+    try:
+        return _sync_each(run_dir, record, states, on)
+    finally:
+        (run_dir / ".lock").unlink(missing_ok=True)
+        lock.release()
 
 
 def _sync_each(run_dir: Path, record: dict[str, Any], states: dict[str, Any], on: dict[str, bool]) -> list[str]:
@@ -202,7 +206,6 @@ def _sync_each(run_dir: Path, record: dict[str, Any], states: dict[str, Any], on
         tracker.send({"config": record})
         tracker.send({"close": "finished" if (run_dir / "result.json").exists() else "failed"})
         tracker.wait(time.monotonic() + SYNC_SECONDS)
-    (run_dir / ".lock").unlink(missing_ok=True)
     return lines
 
 

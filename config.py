@@ -7,6 +7,7 @@ that `--help` and a wrong flag answer at once.
 import argparse
 import json
 import math
+import os
 import re
 import shlex
 import sys
@@ -207,6 +208,9 @@ class TrainConfig:
         self._require("device", re.compile(r"auto|cpu|mps|cuda(:\d+)?").fullmatch, "auto, cpu, cuda, cuda:N or mps")
         paths = "dataset dataset_dir model input output output_dir plots_dir export"
         self._require(f"{paths} text_column label_column push_to_hub project", str.strip, "a name or a path")
+        for name in paths.split():  # no shell expands the ~ of --output_dir=~/runs, nor that of a sweep's file
+            if (value := getattr(self, name)) and value.startswith("~"):
+                object.__setattr__(self, name, os.path.expanduser(value))  # noqa: PTH111 - never raises
         if blank := [run for run in self.runs if not run.strip()]:
             raise UserError(f"--{self.mode}: expected a name or a path, got {blank[0]!r}")
         if self.lr * self.weight_decay >= 1:
@@ -329,10 +333,13 @@ def _config_of(run: str, given: dict[str, Any]) -> TrainConfig:
     """The config that `run` began with. What is given beside --resume must agree with it."""
     try:
         stored = json.loads(Path(run, "config.json").read_text(encoding="utf-8"))["config"]
-        stored = {spec.name: stored[spec.name] for spec in fields(TrainConfig)}
+        defaults = {spec.name: spec.default for spec in fields(TrainConfig)}  # of flags that are newer than the run
+        if unknown := stored.keys() - defaults.keys():
+            raise KeyError(min(unknown))
+        stored = {**defaults, "mode": stored["mode"], **stored}
         stored |= {"runs": (), "texts": (), "resume": run}
         strange = [spec.name for spec in fields(TrainConfig) if spec.metadata and not of_kind(spec, stored[spec.name])]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         what = "expected a run folder with config.json, got" if isinstance(error, OSError) else "damaged config.json in"
         raise UserError(f"--resume: {what} {run!r} ({error})") from error
     if strange or stored["mode"] not in MODES:

@@ -143,8 +143,11 @@ def load_data(
     if limit is not None and limit < len(splits["train"]):
         chosen = np.random.default_rng(seed).permutation(len(splits["train"]))[:limit]
         splits["train"] = splits["train"].select(np.sort(chosen))
-        if len(np.unique(splits["train"]["label"][:])) < 2:
+        drawn = np.unique(splits["train"]["label"][:])
+        if len(drawn) < 2:
             raise UserError(f"--limit: expected enough rows to draw two classes, got {limit}")
+        if lost := [name for number, name in enumerate(label_names) if number not in drawn]:
+            notes.append(f"warning: --limit {limit} left no training row of the classes {brief(lost)}")
     fingerprints = {split: _fingerprint(rows) for split, rows in splits.items()}
     return TextData(name, source, kind, splits, label_names, tuple(notes), fingerprints)
 
@@ -309,17 +312,20 @@ def _hold_out(rows: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Datase
     """(rest, held out): a tenth of each class, 2,000 rows in all at most, by the SHA-256 of the text.
 
     The rule knows neither the seed nor the order of the rows, so every run and every machine holds out the same
-    texts; copies of a text have the same hash and stay together. No class is held out whole.
+    texts; copies of a text have the same hash and stay together. A text that alone would be more than a tenth of what
+    is held out comes last, so that no split is one sentence many times. No class is held out whole.
     """
     labels = np.asarray(rows["label"][:])
     hashes = _hashes(rows, stripped=False)
     share = min(HELD_OUT_SHARE, HELD_OUT_MOST / len(rows))
-    held_out = np.zeros(len(rows), bool)
+    chosen = []
     for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        last = np.sort(hashes[members])[max(1, round(share * len(members))) - 1]
-        held_out[members] = hashes[members] <= min(last, hashes[members].max() - np.uint64(1))
-    held_out = np.isin(hashes, hashes[held_out])  # copies under another label, too
+        texts, copies = np.unique(hashes[labels == label], return_counts=True)
+        wanted = max(1, round(share * copies.sum()))
+        order = np.argsort(copies > max(1, wanted // 10), kind="stable")  # else by the hash
+        before = np.cumsum(copies[order]) - copies[order]
+        chosen.append(texts[order[before < wanted][: len(texts) - 1]])
+    held_out = np.isin(hashes, np.concatenate(chosen))  # copies under another label, too
     return rows.select(np.flatnonzero(~held_out)), rows.select(np.flatnonzero(held_out))
 
 

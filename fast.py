@@ -204,7 +204,7 @@ class FastClassifier:
         for layer, successor in pairwise(self.layers):
             layer.successor = successor
         self.recordable = self.compiled and all(linear.recordable for layer in self.layers for linear in layer.linears)
-        self.replays: dict[tuple[int, int, bool, bool], Replay] = {}
+        self.replays: dict[tuple[int, int, int, bool, bool], Replay] = {}
         self.chunks: list[Tensor] = []  # the memory of all recordings, of which one is in use at a time
         self.seeds = torch.empty(Replay.SEEDS, 1, dtype=torch.int64)
         self.pending: Callable[[], Kept | None] = lambda: None  # whose memory is in use
@@ -250,7 +250,7 @@ class FastClassifier:
         """The recording for this pass, where it can be one, and no pass before still needs the memory."""
         if not self.recordable or draw.whole != draw.rows or self.pending() is not None:
             return None
-        key = shape.b, shape.length, draw.training, save
+        key = shape.b, shape.length, start, draw.training, save
         if key not in self.replays and len(self.replays) < Replay.MOST:
             self.replays[key] = Replay(self, shape.b, shape.length, start, draw.training, save)
         return self.replays.get(key)

@@ -51,7 +51,7 @@ def read_grid(path: Path, given: dict[str, Any]) -> list[TrainConfig]:
     names the file, the cell, the key, what was found and what was expected.
     """
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"--sweep {path}: expected a TOML file: {error}") from error
     _known_keys(content, {"seeds", "defaults", "cell"}, f"{path}")

@@ -6,6 +6,7 @@ settled first, in at most three seconds.
 
 import http.client
 import os
+import shlex
 import threading
 import urllib.error
 import urllib.request
@@ -79,6 +80,6 @@ def upload(folder: Path, name: str) -> None:
         repo = HfApi().create_repo(name, private=True, exist_ok=True)
         HfApi().upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message="distilbert-sentiment")
     except Exception as error:  # of many kinds
-        again = f"to try again: hf upload {name} {folder}"
+        again = f"to try again: hf upload {name} {shlex.quote(str(folder))}"
         raise UserError(f"--push_to_hub {name}: {first_line(error)}; {again}") from error
     print(f"uploaded: {repo}")

@@ -10,12 +10,14 @@ from config import Interrupted, TrainConfig, UserError, parse_args
 def main(argv: list[str] | None = None) -> int:
     """Run the mode asked for. Returns the exit code: 0, 2 for what the user can put right, 130 for Ctrl-C."""
     config = parse_args(argv)
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 ends no run
     try:
         dispatch(config)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a full disk, a folder that cannot be written
+    except BrokenPipeError:  # whoever read the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
+        return 141  # 128 + SIGPIPE
+    except (UserError, OSError) as error:  # OSError: a full disk, a folder that cannot be written
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:

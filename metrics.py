@@ -9,8 +9,9 @@ METRICS = ("accuracy", "precision", "recall", "f1")
 def classification_metrics(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> dict[str, float]:
     """Accuracy, precision, recall and F1 of `predicted` against `labels` (both [n], class ids).
 
-    Two classes: of class 1, the positive one. More: the unweighted (macro) mean over the classes. `macro_f1` is that
-    mean for two classes, too. A ratio with nothing in its denominator counts as 0. All are scikit-learn's.
+    Two classes: of class 1, the positive one. More: the unweighted (macro) mean over the classes that a row or a
+    prediction has. `macro_f1` is that mean for two classes, too. A ratio with nothing in its denominator counts as 0.
+    All are scikit-learn's.
     """
     from sklearn.metrics import f1_score, precision_recall_fscore_support  # here, since it takes a second to import
 
@@ -18,12 +19,12 @@ def classification_metrics(labels: np.ndarray, predicted: np.ndarray, num_classe
     precision, recall, f1, _ = precision_recall_fscore_support(
         labels,
         predicted,
-        labels=[1] if binary else range(num_classes),
+        labels=[1] if binary else None,
         average=None if binary else "macro",
         zero_division=0,
     )
     values = (np.mean(labels == predicted), *(np.mean(value) for value in (precision, recall, f1)))
-    macro_f1 = f1_score(labels, predicted, labels=range(num_classes), average="macro", zero_division=0)
+    macro_f1 = f1_score(labels, predicted, average="macro", zero_division=0)
     return {**dict(zip(METRICS, map(float, values))), "macro_f1": float(macro_f1)}
 
 
@@ -74,16 +75,17 @@ def _from_confusion(matrices: np.ndarray) -> dict[str, np.ndarray]:
     """The metrics of many confusion matrices at once. matrices: [draws, true class, predicted class]."""
     hits = np.diagonal(matrices, axis1=1, axis2=2)  # [draws, classes]
     called, actual = matrices.sum(axis=1), matrices.sum(axis=2)
-    macro_f1 = (2 * hits / np.maximum(called + actual, 1)).mean(axis=1)
+    counted = (called + actual > 0).sum(axis=1)  # [draws]: classes that the mean is over
+    macro_f1 = (2 * hits / np.maximum(called + actual, 1)).sum(axis=1) / counted
     if matrices.shape[1] == 2:
-        hits, called, actual = hits[:, 1:], called[:, 1:], actual[:, 1:]
+        hits, called, actual, counted = hits[:, 1:], called[:, 1:], actual[:, 1:], 1
     precision, recall = hits / np.maximum(called, 1), hits / np.maximum(actual, 1)
     f1 = 2 * hits / np.maximum(called + actual, 1)
     accuracy = np.trace(matrices, axis1=1, axis2=2) / matrices.sum(axis=(1, 2))
     return {
         "accuracy": accuracy,
-        "precision": precision.mean(axis=1),
-        "recall": recall.mean(axis=1),
-        "f1": f1.mean(axis=1),
+        "precision": precision.sum(axis=1) / counted,
+        "recall": recall.sum(axis=1) / counted,
+        "f1": f1.sum(axis=1) / counted,
         "macro_f1": macro_f1,
     }

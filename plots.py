@@ -35,6 +35,7 @@ STYLE = (
         "legend.frameon": False,
         "axes.prop_cycle": matplotlib.cycler(color=list(COLOURS.values())[:-1]),
         "svg.fonttype": "none",
+        "text.parse_math": False,  # a $ in a file's name is a dollar
     }
     | dict.fromkeys(
         ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), INK

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -83,7 +84,7 @@ def open_saved(run: str, flag: str) -> SavedRun:
             raise UserError(f"--{flag}: expected the run's folder, {path.resolve().parent}, got its {run!r}") from error
         raise UserError(f"--{flag}: {path / 'config.json'} is damaged ({type(error).__name__}: {error})") from error
     if not (path / "result.json").exists():
-        raise saved.error(f"not finished; go on with it: python main.py --resume {run}")
+        raise saved.error(f"not finished; go on with it: python main.py --resume {shlex.quote(run)}")
     for name in ("config.json", "model.safetensors"):
         if not (saved.folder / name).is_file():
             raise saved.error(f"its model folder lacks {name}")
@@ -151,6 +152,8 @@ class Predictor:
 
 def predict(config: TrainConfig) -> None:
     """Label the texts of the command line, of --input or of standard input; write JSON lines or added columns."""
+    if sys.stdout is None and config.output is None:  # closed, as by >&-
+        raise UserError("--predict: expected standard output or --output FILE to write to")
     saved = open_saved(config.runs[0], "predict")
     source = open_input(config.texts, config.input, config.text_column, saved.record["config"].get("text_column"))
     sink = open_output(config.output, source, saved.label_names)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 import packaged
-from config import UserError
 from data import TokenSplit, sorted_batches
 from device import tokens_at_once
 from progress import progress_bar
@@ -75,7 +74,7 @@ def with_prefix(
             try:
                 _fill(path, split, prefix, width * dtype.itemsize, device, name)
             except OSError as error:
-                raise UserError(f"the frozen layers' output cannot be written to {folder}: {error.strerror}") from error
+                raise packaged.unwritable("the frozen layers' output", folder, error) from error
         found[name] = replace(split, hidden=HiddenStates(path, split.lengths, width, dtype))
     return found
 

@@ -5,6 +5,7 @@ import contextlib
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
@@ -69,7 +70,8 @@ def choose_column(kind: str, found: list[str], where: str, wanted: str | None, g
     names = TEXT_COLUMNS if kind == "text" else LABEL_COLUMNS
     column = next((lowered[name] for name in names if name in lowered), None)
     if column is None:
-        hint = "; is it comma-separated (.csv) or tab-separated (.tsv)?" if len(found) == 1 else ""
+        joined = len(found) == 1 and re.search(r"[;,|\t]", str(found[0]))
+        hint = "; is it comma-separated (.csv) or tab-separated (.tsv)?" if joined else ""
         hint = hint or f"; name it with --{kind}_column"
         hint += " (rows without labels are for --predict)" * (kind == "label")
         raise UserError(f"{where}: expected a column {' or '.join(names)}, found {brief(found)}{hint}")
@@ -120,13 +122,18 @@ def csv_rows(file: Path) -> Iterator[tuple[int, list[str]]]:
         lines = text_lines(handle, str(file))
         # A carriage return alone ends a line, too: the files of old spreadsheets.
         pieces = (piece for whole in lines for piece in (io.StringIO(whole, newline="") if "\r" in whole else (whole,)))
-        reader = csv.reader(pieces, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True)
+        tabs = file.suffix.lower() == ".tsv"
+        reader = csv.reader(pieces, delimiter="\t" if tabs else ",", strict=True)
         try:
             for cells in reader:
                 header = header or cells
                 if cells and len(cells) != len(header):
                     expected = f"{len(header)} columns ({brief(header)[1:-1]})"
                     raise UserError(f"{file}, line {line}: expected {expected}, found {len(cells)}: {brief(cells)}")
+                if tabs and any("\t" in cell and "\n" in cell for cell in cells):
+                    found = "a tab and a line break inside of quotes"
+                    hint = "if quotes are plain characters here, two rows became one: double them, or use CSV or JSON"
+                    raise UserError(f"{file}, line {line}: expected one row a line, found {found}; {hint}")
                 if header:
                     yield line, cells
                 line = reader.line_num + 1
@@ -169,7 +176,11 @@ def _csv_pairs(file: Path, wanted: Columns) -> Iterator[tuple[str, str]]:
     for line, header in rows:
         chosen = choose_columns(header, f"{file}, line {line} (taken as the header)", wanted)
         text, label = map(header.index, chosen)
-        yield from ((cells[text], cells[label]) for _, cells in rows if cells)
+        for at, cells in rows:
+            if cells == header:
+                raise UserError(f"{file}, line {at}: expected one header, found it again: two files in one?")
+            if cells:
+                yield cells[text], cells[label]
 
 
 def _json_pairs(file: Path, wanted: Columns) -> Iterator[tuple[str | None, str | None]]:
@@ -195,6 +206,11 @@ def _json_pairs(file: Path, wanted: Columns) -> Iterator[tuple[str | None, str |
             expected = f"a name or a whole number under {label_column!r}"
             raise UserError(f"{file}, line {number}: expected {expected}, found {brief(label)}")
         yield text, label if isinstance(label, str | None) else str(label)
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds strings."""
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def unpaired(value: Any) -> bool:

@@ -7,6 +7,7 @@ and `rows-*.json` what it needs of the test rows, once for all runs that share t
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -127,7 +128,8 @@ def read_runs(paths: list[Path]) -> list[Run]:
         if not path.exists():
             raise UserError(f"--report: {path} does not exist; python main.py --finetune makes a run")
         if not files and (path / "config.json").exists():
-            raise UserError(f"--report: {path} is no finished run; go on with it: python main.py --resume {path}")
+            again = f"python main.py --resume {shlex.quote(str(path))}"
+            raise UserError(f"--report: {path} is not a finished run; go on with it: {again}")
         if not files:
             raise UserError(f"--report: no finished run in {path}; make one with python main.py --finetune")
         for file in sorted(files):

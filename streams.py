@@ -7,6 +7,7 @@ Ctrl-C or not.
 import csv
 import io
 import json
+import math
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from config import UserError, say
-from readers import brief, choose_column, csv_rows, json_rows, open_file, text_lines, unpaired
+from readers import brief, choose_column, csv_rows, is_text, json_rows, open_file, text_lines, unpaired
 
 WINDOW_ROWS = 4096
 WINDOW_CHARACTERS = 2**23  # for texts of a megabyte each
@@ -149,7 +150,7 @@ def _parquet_windows(file: Path, choose: Choose) -> Iterator[Window]:
     column = choose(names, str(file))
     _check_free(names, str(file))
     kind = parquet.schema_arrow.field(column).type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    if not is_text(kind.value_type if pa.types.is_dictionary(kind) else kind):
         raise UserError(f"{file}: expected text in the column {column!r}, found {kind}")
     if not parquet.metadata.num_rows:
         raise UserError(f"{file}: expected rows of text, found none")
@@ -173,6 +174,15 @@ def _check_free(names: Any, where: str) -> None:
     """The names of what is added must not be taken."""
     if taken := [name for name in names if name in (LABEL, PROBABILITIES) or str(name).startswith("probability_")]:
         raise UserError(f"{where}: expected no column of the name {taken[0]!r}, which --predict adds")
+
+
+def _finite(value: Any) -> Any:
+    """`value` with None in the place of every NaN and infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Output:
@@ -209,7 +219,12 @@ class Output:
         lines = []
         for row, label, shares in zip(rows, labels, probabilities.tolist(), strict=True):
             named = None if label is None else dict(zip(self.label_names, shares))
-            lines.append(json.dumps({**row, key: label, PROBABILITIES: named}, ensure_ascii=False, default=str) + "\n")
+            whole = {**row, key: label, PROBABILITIES: named}
+            try:
+                line = json.dumps(whole, ensure_ascii=False, default=str, allow_nan=False)
+            except ValueError:  # JSON has no NaN
+                line = json.dumps(_finite(whole), ensure_ascii=False, default=str, allow_nan=False)
+            lines.append(line + "\n")
         return "".join(lines)
 
     def _csv(self, rows: list[dict[str, Any]], labels: list[str | None], probabilities: np.ndarray) -> str:

@@ -178,6 +178,7 @@ def _run_all(
         (now,) = find_cells([cell.config], root)
         if not now.finished:
             reason = str(error) if error else f"exit code {future.result()}: {_last_line(log)} ({log})"
+            reason += f"; to begin it anew, delete {cell.folder}" * bool(cell.folder)
             failed.append((cell.name, " ".join(reason.split())))
         left = [futures[other][0] for other in futures if not other.done()]
         result = "failed" if not now.finished else _one_line_result(now.folder)

@@ -9,7 +9,6 @@ import datasets
 import numpy as np
 
 import packaged
-from config import UserError
 from data import TextData, TokenSplit
 from progress import progress_bar
 
@@ -67,7 +66,7 @@ def tokenize(data: TextData, cutter: Cutter) -> tuple[dict[str, TokenSplit], lis
             lengths, cut = _read_lengths(path, len(rows)) or _fill(path, rows, cutter, name)
             ids = np.memmap(path, np.int32, "r")
         except OSError as error:
-            raise UserError(f"the tokenised texts cannot be written to {folder}: {error.strerror}") from error
+            raise packaged.unwritable("the tokenised texts", folder, error) from error
         starts = np.cumsum(lengths, dtype=np.int64) - lengths
         labels = np.asarray(rows["label"][:], np.int64)
         done[name] = TokenSplit(ids, labels, lengths, starts, cutter.tokenizer.pad_token_id, key)

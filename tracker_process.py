@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import queue
+import shlex
 import shutil
 import signal
 import sys
@@ -90,7 +91,7 @@ class _Wandb:
         if why:
             self._run = wandb.init(mode="offline", **options)
         self.online, self.id, self.url = not why, self._run.id, self._run.url
-        self.news = _news(spec, self.url, why, f"wandb sync {Path(self._run.dir).parent}")
+        self.news = _news(spec, self.url, why, f"wandb sync {shlex.quote(str(Path(self._run.dir).parent))}")
 
     def config(self, config: dict[str, Any]) -> None:
         self._run.config.update(config, allow_val_change=True)
@@ -135,7 +136,7 @@ class _Comet:
             self._start(comet_ml, spec, online=False, key=None)
         self.online, self.id = not why, self._experiment.get_key()
         self.url = self._experiment.url if self.online else None
-        self.news = _news(spec, self.url, why, f"comet upload {self._folder / self.id}.zip")
+        self.news = _news(spec, self.url, why, f"comet upload {shlex.quote(f'{self._folder / self.id}.zip')}")
         self._zips, self._errors.lines = set(self._folder.glob("*.zip")), []
 
     def _start(self, comet_ml: Any, spec: Spec, *, online: bool, key: str | None) -> str | None:
@@ -312,7 +313,8 @@ def _news(spec: Spec, url: str | None, why: str | None, command: str) -> str:
     """Where the copy is made; offline, also `why`, and the `command` that uploads it."""
     if not why:
         return f"recording to {url}"
-    return f"recording offline ({why}). To upload later: {command}, or python main.py --sync {spec['run_dir']}"
+    again = f"python main.py --sync {shlex.quote(spec['run_dir'])}"
+    return f"recording offline ({why}). To upload later: {command}, or {again}"
 
 
 def _first_line(error: Exception) -> str:

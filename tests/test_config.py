@@ -176,6 +176,13 @@ def test_config_checks_itself_and_cannot_be_changed():
     assert hash(TrainConfig()) == hash(TrainConfig())  # holds nothing that can change
 
 
+def test_a_tilde_that_no_shell_expands_is_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    config = parse_args(["--finetune", "--output_dir=~/runs", "--dataset=~/train.csv", "--model", "~"])
+    assert (config.output_dir, config.dataset) == ("/home/someone/runs", "/home/someone/train.csv")
+    assert config.model == TrainConfig(model="/home/someone").model
+
+
 def test_a_user_error_is_one_line_whatever_it_quotes():
     assert str(UserError("no such file: a\nb\r\nc\u2028d")) == "no such file: a b c d"
 

@@ -168,7 +168,6 @@ def test_a_line_of_a_megabyte_is_one_text(tmp_path):
 MISSING = {
     "f.csv": BASE + ",pos\n   ,pos\nno label,\nno label either,  \n",
     "nan.csv": NUMBERED + ",1\n \t,0\na,NaN\nb,\n",
-    "minus.csv": NUMBERED + ",1\n \t,0\na,-1\nb,-1.0\n",
     "f.jsonl": JSONL + '{"label":"pos"}\n{"text":null,"label":"pos"}\n{"text":"a"}\n{"text":"b","label":null}\n',
 }
 
@@ -225,7 +224,43 @@ def test_a_known_name_gives_its_numbers_their_names(tmp_path):
 def test_a_class_missing_from_test_is_noted(tmp_path):
     written(tmp_path / "train.csv", BASE)
     written(tmp_path / "test.csv", "text,label\nnice,pos\n")
-    assert "'neg'" in note(load(tmp_path), "test: no row of")
+    assert "'neg'" in note(load(tmp_path), "warning: test has no row of")
+
+
+def test_a_class_of_rows_without_text_is_no_class(tmp_path):
+    assert load(written(tmp_path / "f.csv", BASE + ",n/a\n")).label_names == ("neg", "pos")
+
+
+def test_minus_one_is_a_class_beside_others_and_missing_alone(tmp_path):
+    signed = load(written(tmp_path / "signed.csv", BASE.replace(",neg", ",-1").replace(",pos", ",1") + "fine,-1.0\n"))
+    assert signed.label_names == ("-1", "1") and pairs(signed)[("fine", "-1")] == 1
+    assert note(signed, "-1 is taken for a class")
+    written(tmp_path / "train.csv", NUMBERED)
+    written(tmp_path / "test.csv", "text,label\nwho knows,-1\n")
+    found = load(tmp_path)
+    assert found.label_names == ("0", "1") and not note(found, "taken for a class")
+    assert note(found, "dropped") == "test: dropped 1 of 1 rows: 0 without text, 1 without label"
+
+
+def test_the_second_of_two_names_is_so_in_any_case(tmp_path):
+    assert load(written(tmp_path / "f.csv", BASE.replace(",neg", ",bad").replace(",pos", ",Good"))).label_names == (
+        "bad",
+        "Good",
+    )
+
+
+def test_a_class_that_limit_leaves_out_is_told(tmp_path):
+    rows = [(f"{label} {i}", label) for label in ("a", "b") for i in range(300)] + [(f"c {i}", "c") for i in range(4)]
+    found = load(written(tmp_path / "f.csv", csv(rows)), limit=10)
+    assert note(found, "--limit") == "warning: --limit 10 left no training row of the classes ['c']"
+
+
+def test_a_text_of_many_copies_does_not_fill_what_is_held_out(tmp_path):
+    rows = [(f"good film {i}", "pos") for i in range(700)] + [(f"bad film {i}", "neg") for i in range(700)]
+    for word in "abcdefgh":  # by its hash, one of them would be among the first
+        found = load(written(tmp_path / f"{word}.csv", csv(rows + [(f"{word} {word}", "pos")] * 300)))
+        assert [len(rows) for rows in found.splits.values()] == pytest.approx([1370, 160, 170], abs=10)
+        assert all(f"{word} {word}" not in texts(found, split) for split in ("validation", "test"))
 
 
 # ---------------------------------------------------------------- what is refused
@@ -254,7 +289,12 @@ REFUSED = {
     "header only": ("f.csv", "text,label\n", ["expected rows", "found none"]),
     "an empty list": ("f.json", "[]", ["expected rows", "found none"]),
     "fractions": ("f.csv", NUMBERED + "x,0.5\n", ["row 61", "whole number", "0.5"]),
-    "negative classes": ("f.csv", BASE.replace(",pos", ",2").replace(",neg", ",-2"), ["row 31", "whole number", "-2"]),
+    "two files in one": ("f.csv", BASE + BASE, [f"line {NEXT_LINE}", "one header"]),
+    "quotes in a tsv": (
+        "f.tsv",
+        BASE.replace(",", "\t") + '"one\tpos\ntwo"\tneg\n',
+        [f"line {NEXT_LINE}", "quotes are plain characters"],
+    ),
     "one class": ("f.csv", BASE.replace(",neg", ",pos"), ["two classes", "'pos'"]),
     "only -1": ("f.csv", BASE.replace(",neg", ",-1").replace(",pos", ",-1"), ["text and a label", "found none"]),
     "no texts": ("f.csv", "text,label\n" + ",pos\n,neg\n" * 9, ["text and a label", "found none"]),

@@ -30,13 +30,31 @@ def library_in_a_new_process(tmp_path, monkeypatch, compiler: str) -> tuple[str,
     return done.stdout.strip(), done.stderr
 
 
-def test_without_a_compiler_there_are_no_kernels_and_no_noise(tmp_path, monkeypatch):
-    assert library_in_a_new_process(tmp_path, monkeypatch, "no-such-compiler") == ("True", "")
+def test_without_a_compiler_there_are_no_kernels_and_one_line_says_so(tmp_path, monkeypatch):
+    found, said = library_in_a_new_process(tmp_path, monkeypatch, "no-such-compiler")
+    assert found == "True" and len(said.splitlines()) == 1 and "no C++ compiler (no-such-compiler)" in said
 
 
 def test_a_compiler_that_fails_is_one_line(tmp_path, monkeypatch):
     found, said = library_in_a_new_process(tmp_path, monkeypatch, "false")
     assert found == "True" and len(said.splitlines()) == 1 and not list(tmp_path.glob("*.so"))
+
+
+@compiled
+def test_a_damaged_library_is_made_again(tmp_path, monkeypatch):
+    assert library_in_a_new_process(tmp_path, monkeypatch, "g++ -DNOTHING") == ("False", "")
+    (library,) = tmp_path.iterdir()
+    whole = library.read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[:-4096] + bytes(4096), b""):
+        library.write_bytes(damaged)
+        assert library_in_a_new_process(tmp_path, monkeypatch, "g++ -DNOTHING") == ("False", "")
+        assert len(library.read_bytes()) == len(whole)
+
+
+@compiled
+def test_what_the_compiler_found_wrong_is_said(tmp_path, monkeypatch):
+    found, said = library_in_a_new_process(tmp_path, monkeypatch, "g++ -nostdinc")
+    assert found == "True" and "error" in said and len(said.splitlines()) == 1
 
 
 @compiled

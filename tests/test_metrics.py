@@ -9,10 +9,10 @@ import metrics
 
 def by_sklearn(labels, predicted, classes: int) -> dict[str, float]:
     how = {"zero_division": 0}
-    how |= {"average": "binary"} if classes == 2 else {"average": "macro", "labels": list(range(classes))}
+    how |= {"average": "binary" if classes == 2 else "macro"}
     scores = {"precision": precision_score, "recall": recall_score, "f1": f1_score}
     named = {name: score(labels, predicted, **how) for name, score in scores.items()}
-    macro = f1_score(labels, predicted, average="macro", labels=list(range(classes)), zero_division=0)
+    macro = f1_score(labels, predicted, average="macro", zero_division=0)
     return {"accuracy": accuracy_score(labels, predicted), **named, "macro_f1": macro}
 
 

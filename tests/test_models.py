@@ -1,5 +1,6 @@
 """LoRA and the files of a saved model."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -88,6 +89,17 @@ def test_a_bf16_checkpoint_is_trained_in_fp32(tiny_model, tmp_path):
     AutoModelForMaskedLM.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(tmp_path)
     model = load_classifier(find_model(str(tmp_path)), ("a", "b"))
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+
+
+def test_the_head_is_for_one_label_whatever_the_checkpoint_was_for(tiny_model, tmp_path):
+    from models import find_model, load_classifier
+
+    shutil.copytree(tiny_model, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["problem_type"] = "multi_label_classification"  # pipeline() would take the sigmoid
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    model = load_classifier(find_model(str(tmp_path / "model")), ("a", "b"))
+    assert model.config.problem_type == "single_label_classification"
 
 
 def test_a_part_of_the_default_in_the_cache_is_not_the_default(tiny_model, monkeypatch):

@@ -314,6 +314,23 @@ def test_two_merges_at_once_give_one_result(runs, capsys, monkeypatch, tmp_path)
     assert sorted(path.name for path in run.glob(".merged*")) == []
 
 
+def test_json_lines_have_no_nan(runs, predict, tmp_path):
+    pq.write_table(
+        pa.table({"text": ["good"], "x": [float("nan")], "more": [[1.0, float("inf")]]}), tmp_path / "f.parquet"
+    )
+    code, out, _ = predict(runs["full"], "--input", str(tmp_path / "f.parquet"))
+    found = json.loads(out, parse_constant=pytest.fail)
+    assert code == 0 and found["x"] is None and found["more"] == [1.0, None] and found["predicted_label"]
+
+
+def test_text_of_every_kind_that_parquet_has(runs, predict, tmp_path):
+    texts = pa.array(["good", "bad"])
+    for kind in (pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())):
+        pq.write_table(pa.table({"text": texts.cast(kind)}), tmp_path / "f.parquet")
+        code, out, err = predict(runs["full"], "--input", str(tmp_path / "f.parquet"))
+        assert code == 0 and [row["text"] for row in lines(out)] == ["good", "bad"], err
+
+
 def test_half_a_pair_beside_the_text_stays_as_it_is(runs, predict, tmp_path):
     (tmp_path / "in.jsonl").write_text('{"text": "good", "id": "\\ud800"}\n')
     words = ("--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl"))
@@ -406,6 +423,11 @@ def test_who_reads_may_go(runs):
 def test_closed_standard_input_is_one_line(runs):
     line = f"{sys.executable} {ROOT / 'main.py'} --predict {runs['full']} <&-"
     done = shell(line)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+
+
+def test_closed_standard_output_is_one_line(runs):
+    done = shell(f"{sys.executable} {ROOT / 'main.py'} --predict {runs['full']} good >&-")
     assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
 
 

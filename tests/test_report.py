@@ -448,6 +448,13 @@ def test_of_few_test_rows_no_difference_is_called_shown(studies, tmp_path):
     assert "12 rows held out" not in text and "is not shown to differ" in text and " than full" not in text
 
 
+def test_a_dollar_in_a_folders_name_is_a_dollar(tmp_path):
+    (run := tmp_path / "price_$5_vs_$10.csv").mkdir()
+    (run / "metrics.jsonl").write_text('{"epoch": 1, "train/loss": 1.0}\n{"epoch": 1, "val/accuracy": 0.5}\n')
+    plots.draw_curves(run, 1)
+    assert (run / "curves.png").stat().st_size > 1000
+
+
 def test_pictures_count_one_seed_leave_room_for_markers_and_have_no_milliseconds(studies):
     import matplotlib.pyplot as plt
 

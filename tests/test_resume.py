@@ -359,6 +359,14 @@ def test_steps_that_are_all_skipped_have_no_loss(cli, monkeypatch):
     assert "train/loss" not in lines[12] and all(lines[step]["train/loss"] > 0 for step in (10, 20))
 
 
+def test_a_run_from_before_a_flag_was_there_goes_on(cli, monkeypatch):
+    run = run_killed_at(26, cli, monkeypatch, *COMMON, *METHODS["full"])
+    record = read_json(run / "config.json")
+    del record["config"]["truncation"]
+    (run / "config.json").write_text(json.dumps(record))
+    assert cli("--resume", str(run))[0] == 0 and (run / "result.json").exists()
+
+
 def test_a_checkpoint_from_before_losses_broke_ties_is_read(cli, monkeypatch):
     run = run_killed_at(26, cli, monkeypatch, *COMMON, *METHODS["full"])  # two of three epochs are validated
     state = checkpoint.newest_whole(run / "checkpoints")

@@ -1,4 +1,4 @@
-"""Where runs are wrong, and what a quality costs: tables as tuples of words, the head first."""
+"""Where runs are wrong, and what a quality costs: tables as tuples of strings, the head first."""
 
 from itertools import combinations, pairwise
 

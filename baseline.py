@@ -4,8 +4,6 @@ import contextlib
 import hashlib
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +15,15 @@ from scipy.special import log_softmax, softmax
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
-from torch import Tensor, nn
+from torch import nn
 
-import fast
 import models
 import packaged
 import runs
 from config import TrainConfig, say
-from data import Batch, TokenSplit, sorted_batches
+from data import TokenSplit, sorted_batches
 from device import PeakMemory, tokens_at_once
+from engine import state_reader
 from metrics import score_with_intervals
 from progress import progress_bar
 
@@ -39,21 +37,10 @@ def run_baseline(config: TrainConfig, source: models.ModelSource) -> Path:
     record = runs.describe(job) | {"pooling": choose_pooling(job.tokenizer)}
     runs.announce(job, record)
     memory, started = PeakMemory(job.accelerator.device, job.model), time.perf_counter()
-    features, labels = {}, {name: split.labels for name, split in job.splits.items()}
-    for name in job.splits:
-        content = f"{job.splits[name].key}|{record['model']['fingerprint']}|{job.cache_key}"
-        content += "" if record["pooling"] == "cls" else "|mean"
-        features[name] = cached_embeddings(job, name, content, record["pooling"])
+    encoder, labels = record["model"]["fingerprint"], {name: split.labels for name, split in job.splits.items()}
+    features = {name: cached_embeddings(job, name, encoder, record["pooling"]) for name in job.splits}
     embedded = time.perf_counter() - started
-    classifier, best_c = fit(features, labels, config.class_weights)
-    weight, bias = linear_map(classifier, job.data.num_classes)
-    classes = np.unique(labels["train"])  # one that none was trained on has no scores to scale
-    known = np.isin(labels["validation"], classes)
-    if not known.all():
-        say(f"note: {np.count_nonzero(~known)} validation rows are of classes that --limit left without a training row")
-    margins = (features["validation"] @ weight.T + bias)[known][:, classes]
-    scale = fit_scale(margins, np.searchsorted(classes, labels["validation"][known]))
-    weight, bias = weight * scale, bias * scale
+    weight, bias, best_c = fit_map(features, labels, job.data.num_classes, config.class_weights)
     seconds = time.perf_counter() - started
 
     probabilities = {name: softmax(features[name] @ weight.T + bias, axis=1) for name in ("validation", "test")}
@@ -78,15 +65,17 @@ def run_baseline(config: TrainConfig, source: models.ModelSource) -> Path:
             logger.log(floats, step=0, epoch=0)
         if not job.accelerator.is_main_process:
             return run_dir
-        models.save_model(job.model.base_model, job.tokenizer, run_dir / "model", models.model_card(record, scores))
-        save_file({"weight": weight, "bias": bias}, run_dir / "model" / "linear.safetensors")
-        runs.write_outcome(job, run_dir, {**record, **scores}, probabilities["test"])
+        with models.writing(run_dir):
+            models.save_model(job.model.base_model, job.tokenizer, run_dir / "model", models.model_card(record, scores))
+            save_file({"weight": weight, "bias": bias}, run_dir / "model" / "linear.safetensors")
+            runs.write_outcome(job, run_dir, {**record, **scores}, probabilities["test"])
     runs.share(job, run_dir)
     return run_dir
 
 
-def cached_embeddings(job: runs.Job, name: str, content: str, pooling: str) -> np.ndarray:
-    """`embeddings` of a split, kept in the cache under the hash of what they were made from."""
+def cached_embeddings(job: runs.Job, name: str, encoder: str, pooling: str) -> np.ndarray:
+    """`embeddings` of a split, cached under the hash of what they were made from. encoder: its fingerprint."""
+    content = f"{job.splits[name].key}|{encoder}|{job.cache_key}" + ("" if pooling == "cls" else "|mean")
     file = packaged.cache_dir() / "embeddings" / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.npy"
     if file.exists():
         with contextlib.suppress(ValueError, EOFError):  # a damaged file is made again
@@ -118,30 +107,28 @@ def embeddings(
     return found
 
 
-def state_reader(model: nn.Module, precision: str, pooling: str) -> Callable[[Batch], Tensor]:
-    """batch -> [B, width] fp32: `pooled_states`, on the fast path where it can run this model."""
-    if pooling == "cls" and fast.supports(model) is None:
-        classifier = fast.FastClassifier(model, precision)
-        return lambda batch: classifier.states(batch.input_ids, batch.lengths)
-    return partial(pooled_states, model.base_model, precision=precision, pooling=pooling)
-
-
-def pooled_states(encoder: nn.Module, batch: Batch, precision: str, pooling: str) -> Tensor:
-    """[B, width] fp32: the last layer's state at CLS, or ("mean") its mean over the tokens."""
-    mask = batch.attention_mask
-    with torch.autocast(mask.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        states = encoder(input_ids=batch.input_ids, attention_mask=mask).last_hidden_state.float()  # [B, L, width]
-    if pooling == "cls":
-        return states[:, 0]
-    return (states * mask[:, :, None]).sum(dim=1) / batch.lengths[:, None]
-
-
 def choose_pooling(tokenizer: Any) -> str:
     """cls where texts begin with such a token; else mean, and says so."""
     if tokenizer.cls_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.cls_token_id:
         return "cls"
     print("note: texts have no CLS token in front: the baseline takes the mean over the tokens", file=sys.stderr)
     return "mean"
+
+
+def fit_map(
+    features: dict[str, np.ndarray], labels: dict[str, np.ndarray], num_classes: int, class_weights: str
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """(weight [classes, width], bias [classes], C): the SVC as one linear map of the embedding, scaled so that its
+    softmax is calibrated on validation."""
+    classifier, best_c = fit(features, labels, class_weights)
+    weight, bias = linear_map(classifier, num_classes)
+    classes = np.unique(labels["train"])  # a class without a training row has no scores to scale
+    known = np.isin(labels["validation"], classes)
+    if not known.all():
+        say(f"note: {np.count_nonzero(~known)} validation rows are of classes that --limit left without a training row")
+    margins = (features["validation"] @ weight.T + bias)[known][:, classes]
+    scale = fit_scale(margins, np.searchsorted(classes, labels["validation"][known]))
+    return weight * scale, bias * scale, best_c
 
 
 def fit(

@@ -7,6 +7,7 @@ the disk, and renamed; a manifest with the SHA-256 of its files tells a whole on
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -48,7 +49,7 @@ class GracefulStop:
 
     def _note(self, number: int, _: Any) -> None:
         if self.number or not self.in_loop:
-            raise Interrupted(number, self.run_dir, "at once")
+            raise self.interrupted(number, "at once")
         self.number = number
         os.write(2, b"stopping after this step; once more to stop at once\n")  # print may be busy just now
 
@@ -59,7 +60,11 @@ class GracefulStop:
         """Training is over. What came too late for its last step counts now."""
         self.in_loop = False
         if self.number:
-            raise Interrupted(self.number, self.run_dir, "after the last step")
+            raise self.interrupted(self.number, "after the last step")
+
+    def interrupted(self, number: int, where: str) -> Interrupted:
+        resume = f"python main.py --resume {shlex.quote(str(self.run_dir))}"
+        return Interrupted(number, f"stopped {where}; to go on: {resume}")
 
     def asked(self, accelerator: Accelerator) -> int:
         """The number of the signal that came to any process, or 0."""
@@ -107,7 +112,7 @@ class Checkpoints:
             shutil.rmtree(self.root, ignore_errors=True)
 
 
-def save(root: Path, step: int, state: dict[str, Any]) -> Path:
+def save(root: Path, step: int, state: dict[str, Any]) -> None:
     """Write `state` as `root/step-<step>` and drop all but the newest checkpoints. OSError if the disk is full."""
     tensors: dict[str, torch.Tensor] = {}
     values = _pack(state, tensors, "")
@@ -126,7 +131,6 @@ def save(root: Path, step: int, state: dict[str, Any]) -> Path:
     whole = [path for path in _by_age(root) if _step(path) <= step]  # those of later steps were damaged
     for old in {*_by_age(root)} - {*whole[:KEEP]}:
         shutil.rmtree(old)
-    return folder
 
 
 def load(folder: Path) -> dict[str, Any]:

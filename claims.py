@@ -28,6 +28,7 @@ from records import PLACES, Cell, timed_alone
 
 SIMILAR = 0.02  # "similar" accuracy: within 2 points
 LEVEL = 0.05
+METRIC = "precision"  # what the claims were made in
 RT, SST2 = "rotten_tomatoes", "sst2"
 EPOCHS = {RT: 10, SST2: 5}
 
@@ -46,7 +47,6 @@ class Contrast:
 
     text: str
     parts: tuple[tuple[int, str, dict[str, Any]], ...]
-    metric: str = "precision"  # what the claims were made in
 
     @property
     def paired(self) -> bool:
@@ -195,10 +195,7 @@ def judge(groups: list[list[Cell]], scores: dict[tuple, dict[str, stats.Scores]]
     for statement in contrasts:
         chosen = [_find(cells, data, wanted) for _, data, wanted in statement.parts]
         if all(chosen):
-            parts = [
-                (weight, scores[cell.first.key][statement.metric])
-                for (weight, _, _), cell in zip(statement.parts, chosen)
-            ]
+            parts = [(weight, scores[cell.first.key][METRIC]) for (weight, _, _), cell in zip(statement.parts, chosen)]
             measured[id(statement)] = stats.contrast(parts, statement.paired)
     corrected = dict(zip(measured, stats.holm([difference.p for difference in measured.values()])))
     found = {}
@@ -262,7 +259,7 @@ def _judge_contrast(statement: Contrast, difference: stats.Difference, p: float)
     said = "supported" if difference.value > 0 else "contradicted"
     if p >= LEVEL or min(difference.seeds) < 2:
         said = "undecided"
-    evidence = f"{in_points(difference)}, p {p:.3g} after Holm ({statement.metric})"
+    evidence = f"{in_points(difference)}, p {p:.3g} after Holm ({METRIC})"
     return Finding(statement.text, said, evidence, _seeds(difference.seeds))
 
 

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import shlex
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import Field, dataclass, field, fields
@@ -64,10 +63,10 @@ def say(line: str) -> None:
 
 
 class Interrupted(KeyboardInterrupt):
-    """The user stopped a run, which can go on later. `exit_code` is 128 + the signal's number."""
+    """The user stopped a run or a sweep, and `message` says how it goes on. `exit_code`: 128 + the signal's number."""
 
-    def __init__(self, number: int, run_dir: Path, where: str) -> None:
-        super().__init__(f"stopped {where}; to go on: python main.py --resume {shlex.quote(str(run_dir))}")
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
         self.exit_code = 128 + number
 
 
@@ -84,7 +83,7 @@ class TrainConfig:
     # --report: the run folders to show, all under output_dir if empty; --predict, --merge, --sync: their one run;
     # --sweep: its file
     runs: tuple[str, ...] = ()
-    texts: tuple[str, ...] = ()  # --predict: what stands behind the run
+    texts: tuple[str, ...] = ()  # --predict: what follows the run
     given: str = ""  # --sweep: the flags given beside it, with commas; they hold for every cell, over the file
 
     # `None` means that the user left the default: only then may the packaged default stand in for the hub.
@@ -229,7 +228,8 @@ class TrainConfig:
         return "baseline" if self.mode == "baseline" else "lora" if self.peft else "full"
 
     def refuse_unread(self, given: Iterable[str]) -> "TrainConfig":
-        """Itself; UserError for a flag among `given` that asks for what this mode does not do. Others are noted."""
+        """Return self. UserError for a flag in `given` that asks for what this mode cannot do; any other unread one is
+        noted."""
         for name, owner in ((name, unread(name, self.mode, self.peft)) for name in given):
             if owner and (name.startswith("lora_") or name in ASKS_FOR_MORE):
                 raise UserError(f"--{name} goes with {owner}")
@@ -239,7 +239,7 @@ class TrainConfig:
 
 
 def unread(name: str, mode: str, peft: bool) -> str:
-    """What the flag `name` goes with, in words, where such a call does not read it; else nothing."""
+    """Which flags `name` goes with, in words, if such a call does not read it; otherwise an empty string."""
     lora_alone = name.startswith("lora_") and mode == "finetune" and not peft
     return "--peft" if lora_alone else "" if mode in READ_BY[name] else " or ".join(f"--{one}" for one in READ_BY[name])
 
@@ -312,7 +312,7 @@ def parse_args(argv: list[str] | None = None) -> TrainConfig:
     runs = tuple(named) if isinstance(named, list) else (named,) if isinstance(named, str) else ()
     runs, texts = (runs[:1], (*runs[1:], *behind)) if mode == "predict" else (runs, ())
     if behind and mode != "predict":  # argparse would take a text that begins with - for a flag
-        parser.error(f"-- is for texts behind --predict RUN, got {' '.join(behind)!r}")
+        parser.error(f"-- is for texts after --predict RUN, got {' '.join(behind)!r}")
     asked = {"mode": mode, "runs": runs, "texts": texts}
     asked["given"] = ",".join(values) if mode == "sweep" else ""
     run = values.get("resume")

@@ -16,7 +16,7 @@ import torch
 
 import hub
 import packaged
-from config import DEFAULT_DATASET, UserError, first_line
+from config import DEFAULT_DATASET, UserError
 from labels import missing_classes, number_classes
 from readers import CHUNK, ENDINGS, USUAL, Columns, brief, choose_columns, read_file
 
@@ -59,7 +59,7 @@ class TextData:
 
 
 class Batch(NamedTuple):
-    """B rows of a batch; where processes share one, the rows from `first` on, padded as the whole of it is."""
+    """B rows. If processes share a batch: its rows from `first` on, padded as the whole batch is."""
 
     input_ids: torch.Tensor  # [B, L] int64, padded on the right
     lengths: torch.Tensor  # [B] int64, tokens in each row
@@ -181,7 +181,8 @@ def _read(
         raw = datasets.load_dataset(hub_id)
     except Exception as error:  # the hub's clients raise errors of many libraries, some of them no OSError
         if dataset is not None:
-            raise UserError(_hub_failure("dataset", name, error)) from error
+            advice = "give a local path, or leave --dataset out for the default"
+            raise UserError(f"--dataset {name}: {hub.reason(error)}; {advice}") from error
         packaged.announce(packaged.REVIEWS_NAME, packaged.REVIEWS_WHEEL)
         return _packaged_reviews(columns)
     source = f"{hub.endpoint()}/datasets/{hub_id}"
@@ -197,14 +198,6 @@ def _read(
 def _packaged_reviews(columns: Columns) -> tuple[str, str, str, dict[str, datasets.Dataset]]:
     splits = _read_files(packaged.reviews_folder(), columns)
     return packaged.REVIEWS_NAME, "packaged", packaged.REVIEWS_WHEEL.requirement, splits
-
-
-def _hub_failure(what: str, name: str, error: Exception) -> str:
-    if hub.offline():
-        reason = f"the hub ({hub.endpoint()}) cannot be reached and it is not in the local cache"
-    else:
-        reason = first_line(error)
-    return f"--{what} {name}: {reason}; give a local path, or leave --{what} out for the default"
 
 
 def _read_files(path: Path, columns: Columns) -> dict[str, datasets.Dataset]:

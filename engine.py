@@ -1,6 +1,8 @@
 """How a model computes and learns: on the fast path, or on transformers' own modules, behind one interface."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 import fast
 from data import Batch, TokenSplit, sorted_batches
 from device import tokens_at_once
-from models import encoder_blocks, whole
+from models import encoder_blocks, full_tensor
 from optim import adamw_for
 
 EVAL_BATCH_SIZE = 64
@@ -33,7 +35,7 @@ class Engine(Protocol):
     def step(self) -> None:
         """Sum up the gradients of all processes, clip their global norm, update, and forget them.
 
-        Nothing is updated where the gradient is not finite. A GPU may still be at it.
+        Nothing is updated if the gradient is not finite. A GPU may still be computing when this returns.
         """
         ...
 
@@ -42,7 +44,7 @@ class Engine(Protocol):
         ...
 
     def train_mode(self) -> None:
-        """Turn dropout on, but in frozen layers."""
+        """Turn dropout on, except in frozen layers."""
         ...
 
     def settle(self) -> None:
@@ -64,19 +66,13 @@ def make_engine(
     max_grad_norm: float,
     frozen_prefix: int = 0,
     plain: bool = False,
-    sharded: bool = False,
 ) -> Engine:
     """The fast path where it can run this model (it gives the same answer to rounding), else the plain one.
 
-    frozen_prefix: so many of the lowest layers, and the embeddings, run without dropout.
-    sharded: spread weights, gradients and moments over the processes.
+    frozen_prefix: this many of the lowest layers, and the embeddings, run without dropout.
     """
     reason = "--plain" if plain else fast.supports(model)
     settings = (precision, lr, weight_decay, max_grad_norm or None, frozen_prefix)
-    if sharded:
-        from sharded import ShardedEngine  # here, since it is seldom needed and takes a while to import
-
-        return ShardedEngine(model, accelerator, *settings)
     return PlainEngine(model, accelerator, reason, *settings) if reason else FastEngine(model, accelerator, *settings)
 
 
@@ -136,6 +132,24 @@ def plain_logits(model: nn.Module, batch: Batch, precision: str) -> Tensor:
         return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.float()
 
 
+def state_reader(model: nn.Module, precision: str, pooling: str) -> Callable[[Batch], Tensor]:
+    """batch -> [B, width] fp32: `pooled_states`, on the fast path where it can run this model."""
+    if pooling == "cls" and fast.supports(model) is None:
+        classifier = fast.FastClassifier(model, precision)
+        return lambda batch: classifier.states(batch.input_ids, batch.lengths)
+    return partial(pooled_states, model.base_model, precision=precision, pooling=pooling)
+
+
+def pooled_states(encoder: nn.Module, batch: Batch, precision: str, pooling: str) -> Tensor:
+    """[B, width] fp32: the last layer's state at CLS, or ("mean") its mean over the tokens."""
+    mask = batch.attention_mask
+    with torch.autocast(mask.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        states = encoder(input_ids=batch.input_ids, attention_mask=mask).last_hidden_state.float()  # [B, L, width]
+    if pooling == "cls":
+        return states[:, 0]
+    return (states * mask[:, :, None]).sum(dim=1) / batch.lengths[:, None]
+
+
 class PlainEngine:
     """The module as transformers and PEFT wrote it, under autocast, with torch's AdamW: the reference."""
 
@@ -181,7 +195,7 @@ class PlainEngine:
             for parameter in self.trained:
                 if parameter.grad is not None:  # one that the forward pass does not use, in any process
                     dist.all_reduce(parameter.grad)
-        norm = whole(nn.utils.clip_grad_norm_(self.trained, self.max_grad_norm or math.inf))
+        norm = full_tensor(nn.utils.clip_grad_norm_(self.trained, self.max_grad_norm or math.inf))
         self.finite = math.isfinite(norm)
         if self.finite:
             self.optimizer.step()

@@ -149,10 +149,8 @@ class _Classify(torch.autograd.Function):
     """The model as one autograd node: its backward writes the gradients where the optimiser reads them."""
 
     @staticmethod
-    def forward(
-        ctx, anchor: Tensor, fast: "FastClassifier", source: Tensor, shape: Shape, from_ids: bool, draw: Draw
-    ) -> Tensor:
-        logits, ctx.kept = fast.compute(source, shape, from_ids, draw, save=True)
+    def forward(ctx, anchor: Tensor, fast: "FastClassifier", source: Tensor, shape: Shape, draw: Draw) -> Tensor:
+        logits, ctx.kept = fast.compute(source, shape, draw, save=True)
         ctx.fast = fast
         return logits
 
@@ -162,7 +160,7 @@ class _Classify(torch.autograd.Function):
         with ctx.fast.arena.adding():
             ctx.fast.gradients(dy, ctx.kept)
         ctx.kept = None
-        return None, None, None, None, None, None
+        return None, None, None, None, None
 
 
 class FastClassifier:
@@ -209,14 +207,19 @@ class FastClassifier:
         self.seeds = torch.empty(Replay.SEEDS, 1, dtype=torch.int64)
         self.pending: Callable[[], Kept | None] = lambda: None  # whose memory is in use
         self.frozen_prefix = frozen_prefix
-        trained = [i for i, b in enumerate(blocks) if any(p.requires_grad for p in b.parameters())]
-        self.lowest_trained = -1 if self.embedding.trained else min(trained, default=len(blocks))
-        if frozen_prefix and self.lowest_trained < frozen_prefix:
-            raise ValueError(f"layer {self.lowest_trained} is trainable but frozen_prefix is {frozen_prefix}")
+        self.lowest_trained = self._lowest_trained(blocks)
         self.lazy, self.table_grads = None, []
         self.anchor = torch.zeros((), requires_grad=True)
         if self.graphed:
             self.pool, self.passes = Pool(self.table.device, self.dtype), Passes(self, len(self.embedding.position))
+
+    def _lowest_trained(self, blocks: nn.ModuleList) -> int:
+        """The lowest layer with a gradient: -1 for the embeddings, len(blocks) for none. ValueError in the prefix."""
+        trained = [i for i, b in enumerate(blocks) if any(p.requires_grad for p in b.parameters())]
+        lowest = -1 if self.embedding.trained else min(trained, default=len(blocks))
+        if self.frozen_prefix and lowest < self.frozen_prefix:
+            raise ValueError(f"layer {lowest} is trainable but frozen_prefix is {self.frozen_prefix}")
+        return lowest
 
     def attach(self, lazy) -> None:
         """Let a LazyTable bring rows up to date before they are read."""
@@ -225,15 +228,15 @@ class FastClassifier:
     def _shape(self, lengths: Tensor, b: int, length: int) -> Shape:
         return Shape(b, length, lengths.long().contiguous(), self.dtype if self.graphed else torch.float32)
 
-    def compute(self, source: Tensor, shape: Shape, from_ids: bool, draw: Draw, save: bool) -> tuple[Tensor, Kept]:
+    def compute(self, source: Tensor, shape: Shape, draw: Draw, save: bool) -> tuple[Tensor, Kept]:
         """As `_run`, to the logits [B, C]."""
-        cls, kept = self._run(source, shape, from_ids, draw, save)
+        cls, kept = self._run(source, shape, draw, save)
         logits, kept.head = self.head.forward(cls, draw)
         return logits, kept
 
-    def _run(self, source: Tensor, shape: Shape, from_ids: bool, draw: Draw, save: bool) -> tuple[Tensor, Kept]:
+    def _run(self, source: Tensor, shape: Shape, draw: Draw, save: bool) -> tuple[Tensor, Kept]:
         """ids [B, L] or prefix output [B, L, D] -> CLS state [B, D] and what backward needs."""
-        embedded = None
+        embedded, from_ids = None, source.ndim == 2
         if from_ids:
             x, embedded = self.embedding.forward(source, draw)
         else:
@@ -304,13 +307,13 @@ class FastClassifier:
 
     def suffix(self, hidden: Tensor, lengths: Tensor, first: int = 0, whole: int | None = None) -> Tensor:
         """`prefix`'s output [B, L, D] -> logits [B, C]."""
-        return self._logits(hidden, lengths, False, Draw(self.model.training, len(hidden), first, whole))
+        return self._logits(hidden, lengths, Draw(self.model.training, len(hidden), first, whole))
 
     def states(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """ids [B, L] -> state of the last layer at CLS [B, D] fp32, as in evaluation."""
         with torch.inference_mode():
             self.arena.sync_if_changed()
-            return self._run(ids, self._shape(lengths, *ids.shape), True, Draw(False), save=False)[0]
+            return self._run(ids, self._shape(lengths, *ids.shape), Draw(False), save=False)[0]
 
     def __call__(self, ids: Tensor, lengths: Tensor, first: int = 0, whole: int | None = None) -> Tensor:
         """Where processes share a batch of `whole` rows, `ids` are the rows from `first` on: see Draw."""
@@ -318,13 +321,13 @@ class FastClassifier:
             return self.suffix(self.prefix(ids, lengths), lengths, first, whole)
         if self.lazy:
             self.lazy.catch_up(torch.unique(ids))
-        return self._logits(ids, lengths, True, Draw(self.model.training, len(ids), first, whole))
+        return self._logits(ids, lengths, Draw(self.model.training, len(ids), first, whole))
 
-    def _logits(self, source: Tensor, lengths: Tensor, from_ids: bool, draw: Draw) -> Tensor:
+    def _logits(self, source: Tensor, lengths: Tensor, draw: Draw) -> Tensor:
         self.arena.sync_if_changed()
         if self.graphed:
             return self.passes.logits(source, lengths, draw)
         shape = self._shape(lengths, source.shape[0], source.shape[1])
         if torch.is_grad_enabled():
-            return _Classify.apply(self.anchor, self, source, shape, from_ids, draw)
-        return self.compute(source, shape, from_ids, draw, save=False)[0]
+            return _Classify.apply(self.anchor, self, source, shape, draw)
+        return self.compute(source, shape, draw, save=False)[0]

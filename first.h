@@ -14,9 +14,7 @@
 template <class T>
 struct First {
     i64 b, h, l, d, in, ldx;
-    const i64* lengths;
-    const T *q, *x, *W;
-    const float *q_bias, *v_bias;
+    const T *x, *W;
     Dropout drop;
 
     i64 wide() const { return whole(in); }
@@ -58,7 +56,7 @@ static void attend_first(i64 b, i64 h, i64 l, i64 d, i64 in, i64 ldx, const i64*
                          const T* W, const float* q_bias, const float* v_bias, const int8_t* bits, const int8_t* limit,
                          float scale, T* context, i64 ldc, float* queries, float* means, float* probabilities,
                          float* left) {
-    const First<T> at = {b, h, l, d, in, ldx, lengths, q, x, W, q_bias, v_bias, {bits, limit, scale}};
+    const First<T> at = {b, h, l, d, in, ldx, x, W, {bits, limit, scale}};
     const i64 wide = at.wide(), keys = at.keys(), columns = at.columns();
 #pragma omp parallel
     {
@@ -109,7 +107,7 @@ static void attend_first_backward(i64 b, i64 h, i64 l, i64 d, i64 in, i64 ldx, c
                                   const int8_t* limit, float scale, const float* queries, const float* probabilities,
                                   const float* left, const T* dcontext, i64 ldc, float* through, float* sums,
                                   T* dq, i64 first, T* dx, float* dbias) {
-    const First<T> at = {b, h, l, d, in, ldx, lengths, q, x, W, q_bias, v_bias, {bits, limit, scale}};
+    const First<T> at = {b, h, l, d, in, ldx, x, W, {bits, limit, scale}};
     const i64 wide = at.wide(), keys = at.keys(), columns = at.columns(), count = in - first;
 #pragma omp parallel
     {

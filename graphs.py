@@ -97,7 +97,7 @@ class Pass:
             self.dy = torch.zeros_like(self.logits)
 
     def forward(self, source: Tensor, lengths: Tensor) -> Tensor:
-        """-> logits [B, C]. What is behind `source` in its place is of an earlier batch: nobody looks at it."""
+        """-> logits [B, C]. Past its length the buffer holds tokens of an earlier batch, which `lengths` masks."""
         self.source[:, : source.shape[1]].copy_(source)
         self.shape.lengths.copy_(lengths)
         self.calls += 1
@@ -116,7 +116,7 @@ class Pass:
 
     def _forward(self) -> None:
         shape = replace(self.shape)  # what it derives is of this batch
-        logits, kept = self.fast.compute(self.source, shape, self.source.ndim == 2, self.draw, self.save)
+        logits, kept = self.fast.compute(self.source, shape, self.draw, self.save)
         self.kept = kept if self.save else None
         self.logits.copy_(logits)
 

@@ -25,23 +25,10 @@ METHODS = {"full": {}, "lora": {"peft": True}, "baseline": {"mode": "baseline"}}
 FLAGS = {spec.name: spec for spec in fields(TrainConfig) if spec.metadata}
 # Where a run puts things and who else is told: no part of what it computes. `device` neither, so that a cell that
 # was run on another machine counts as done; its record names the device.
-NOT_COMPUTED = {
-    "runs",
-    "texts",
-    "given",
-    "resume",
-    "input",
-    "output",
-    "push_to_hub",
-    "output_dir",
-    "plots_dir",
-    "wandb",
-    "comet",
-    "project",
-    "save_every",
-}
-NOT_COMPUTED |= {"device", "dry_run", "workers", "ray", "export"}
-NOT_IN_FILE = {"peft", "seed", "resume", "output_dir", "plots_dir", "dry_run", "workers", "ray", "export"}
+OF_THE_SWEEP = {"output_dir", "plots_dir", "dry_run", "workers", "ray", "export"}  # not of its runs
+NOT_COMPUTED = OF_THE_SWEEP | {"runs", "texts", "given", "resume", "input", "output", "push_to_hub"}
+NOT_COMPUTED |= {"wandb", "comet", "project", "save_every", "device"}
+NOT_IN_FILE = OF_THE_SWEEP | {"peft", "seed", "resume"}
 
 
 def read_grid(path: Path, given: dict[str, Any]) -> list[TrainConfig]:

@@ -56,6 +56,13 @@ def answers(url: str, timeout_s: float = TIMEOUT_S) -> bool:
     return found.is_set()
 
 
+def reason(error: Exception) -> str:
+    """Why a model or a data set could not be loaded from the hub, in words."""
+    if offline():
+        return f"the hub ({endpoint()}) cannot be reached and it is not in the local cache"
+    return first_line(error)
+
+
 def check_upload(name: str) -> None:
     """Whether an upload to `name` can be tried: told before hours of training, not after. UserError if not."""
     if offline():

@@ -178,7 +178,7 @@ static void product(i64 m, i64 n, i64 k, const float* a, i64 row, i64 column, co
     for (; j < n; j += LANES) strip<1, ADD>(m, k, a, row, column, b + j, ldb, c + j, ldc);
 }
 
-// [rows, d] of T, rows ld apart, plus shift -> float, rows of whole vectors; and transposed, rows ldt apart.
+// to [rows, whole(d)] = (from + shift) * scale; from: [rows, d] of T, rows ld apart; shift: [d].
 template <class T>
 static void gather(i64 rows, i64 d, const T* __restrict from, i64 ld, const float* __restrict shift, float scale,
                    float* __restrict to) {
@@ -240,6 +240,7 @@ static void transpose(i64 rows, i64 d, const float* __restrict from, float* __re
         for (i64 j = 0; j < d; j++) to[j * ldt + i] = from[i * whole(d) + j];
 #endif
 }
+// The other way: to [rows, d] of T, rows ld apart, = from [rows, whole(d)] * scale.
 template <class T>
 static void scatter(i64 rows, i64 d, const float* __restrict from, float scale, T* __restrict to, i64 ld) {
     for (i64 i = 0; i < rows; i++)

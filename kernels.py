@@ -1,4 +1,4 @@
-"""kernels.cpp and products.h, compiled once for this machine and called with tensors.
+"""kernels.cpp and its headers, compiled once for this machine and called with tensors.
 
 Without a compiler `library()` is None and PyTorch computes.
 

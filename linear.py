@@ -20,7 +20,7 @@ aten = torch.ops.aten
 
 
 def put(target: Tensor | None, value: Tensor) -> None:
-    """target: of a gradient, None where it is not wanted."""
+    """Copy `value` to a gradient's place; `target` is None if nobody wants that gradient."""
     if target is not None:
         target.copy_(value)
 
@@ -169,6 +169,8 @@ class Arena:
 class Linear:
     """One or more nn.Linear modules reading the same input, as one product."""
 
+    joint = False  # whether its input is longer than x, which is then written into it (see LoraLinear)
+
     def __init__(self, arena: Arena, modules: list[nn.Module]):
         weights, biases = [base_layer(m).weight for m in modules], [base_layer(m).bias for m in modules]
         self.arena = arena
@@ -316,8 +318,6 @@ class DeviceLoraLinear(LoraLinear):
     """As `LoraLinear`, all modules adapted alike, for a GPU, where a launch costs more than what a small product
     computes: no longer input, no copy of the weights that has to follow them, and the adapters' products as one."""
 
-    joint = False
-
     def __init__(self, arena: Arena, modules: list[nn.Module]):
         Linear.__init__(self, arena, modules)
         self.read_adapters(modules)
@@ -363,7 +363,7 @@ def device_lora(arena: Arena, modules: list[nn.Module]) -> LoraLinear:
 
 def apply(linear: Linear, x: Tensor, draw: Draw) -> tuple[Tensor, tuple]:
     """x: [n, in], any dtype; the cast is the copy into the product's input."""
-    if x.dtype == linear.weight.dtype and x.is_contiguous() and not getattr(linear, "joint", False):
+    if x.dtype == linear.weight.dtype and x.is_contiguous() and not linear.joint:
         return linear.forward(x, draw)
     full, part = linear.buffer(len(x))
     part.copy_(x)
@@ -373,7 +373,7 @@ def apply(linear: Linear, x: Tensor, draw: Draw) -> tuple[Tensor, tuple]:
 def make_linear(
     arena: Arena,
     modules: list[nn.Module],
-    lora: Callable[..., LoraLinear] = LoraLinear,
+    lora: Callable[..., LoraLinear],
     plain: Callable[..., Linear] = Linear,
 ) -> Linear:
     return (lora if any(hasattr(m, "lora_A") for m in modules) else plain)(arena, modules)

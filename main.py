@@ -46,34 +46,51 @@ def dispatch(config: TrainConfig) -> None:
     if config.mode == "report":
         from report import report
 
-        return report(config)
-    if config.mode == "sweep":
+        report(config)
+    elif config.mode == "sweep":
         from sweep import sweep
 
-        return sweep(config)
-    if config.mode == "sync":
-        from tracking import sync
+        sweep(config)
+    elif config.mode == "sync":
+        upload_copies(config)
+    else:
+        prepare_imports(config)
+        run_model(config)
 
-        lines = sync(config.runs[0], wandb=config.wandb, comet=config.comet)
-        print("".join(f"{line}\n" for line in lines if not line.startswith("warning: ")), end="")
-        if failed := [line.removeprefix("warning: ") for line in lines if line.startswith("warning: ")]:
-            raise UserError("; ".join(failed))
-        return None
 
+def upload_copies(config: TrainConfig) -> None:
+    """--sync. UserError with the trackers' warnings, if there are any."""
+    from tracking import sync
+
+    lines = sync(config.runs[0], wandb=config.wandb, comet=config.comet)
+    warnings = [line for line in lines if line.startswith("warning: ")]
+    for line in lines:
+        if line not in warnings:
+            print(line)
+    if warnings:
+        raise UserError("; ".join(line.removeprefix("warning: ") for line in warnings))
+
+
+def prepare_imports(config: TrainConfig) -> None:
+    """Set what PyTorch, the tokenizers and the hub's clients read from the environment when they are imported."""
     import hub
 
-    local = config.mode in ("predict", "merge") and not config.push_to_hub
-    if local:
+    if config.mode in ("predict", "merge") and not config.push_to_hub:
         os.environ["HF_HUB_OFFLINE"] = "1"  # a run's model is a folder
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: large pages; a training step took 79 ms, not 86
-    hub.go_offline_if_unreachable()  # before the hub's clients are imported
+    hub.go_offline_if_unreachable()
     if config.push_to_hub:
         hub.check_upload(config.push_to_hub)
+
+
+def run_model(config: TrainConfig) -> None:
+    """--predict, --merge, --baseline or --finetune."""
     if config.mode in ("predict", "merge"):
         import predict
 
-        return predict.predict(config) if config.mode == "predict" else predict.merge(config)
+        (predict.predict if config.mode == "predict" else predict.merge)(config)
+        return
     import models
 
     source = models.find_model(config.model)  # before the slower imports, so that a wrong name is told soon

@@ -4,6 +4,8 @@ import hashlib
 import os
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,10 +94,7 @@ def _read_config(location: str, name: str) -> Any:
     try:
         return AutoConfig.from_pretrained(location, trust_remote_code=False)
     except Exception as error:  # the hub's clients raise errors of many libraries, some of them no OSError
-        if hub.offline() and not Path(location).exists():
-            reason = f"the hub ({hub.endpoint()}) cannot be reached and it is not in the local cache"
-        else:
-            reason = first_line(error)
+        reason = first_line(error) if os.path.exists(location) else hub.reason(error)  # noqa: PTH110 - never raises
         advice = "give a local folder, or leave --model out for the default"
         raise UserError(f"--model {name}: {reason}; {advice}") from error
 
@@ -154,20 +153,25 @@ def load_classifier(source: ModelSource, label_names: tuple[str, ...]) -> nn.Mod
         if isinstance(error, SafetensorError):  # it names no file
             reason = f"its model.safetensors is damaged: {reason}"
         raise UserError(f"--model {source.name}: {reason}") from error
+    _check_encoder(model, source, found)
+    _refresh_head(model, source, label_names, found)
+    return model
+
+
+def _check_encoder(model: nn.Module, source: ModelSource, found: dict[str, Any]) -> None:
+    """UserError where the checkpoint lacks weights of the encoder or has some of another shape. found: as below."""
     inner = f"{model.base_model_prefix}."
     if mismatched := sorted(name for name, *_ in found["mismatched_keys"] if name.startswith(inner)):
         raise UserError(
             f"--model {source.name}: {len(mismatched)} of its weights, such as {mismatched[0]}, have other shapes than "
             "its config.json asks for"
         )
-    _refresh_head(model, source, label_names, found)
     missing = sorted(name for name in found["missing_keys"] if name.startswith(inner))
     missing = [name for name in missing if ".pooler." not in name]  # BERT's, which masked-LM checkpoints lack
     if missing:
         raise UserError(
             f"--model {source.name}: its weights lack {len(missing)} of the encoder's, such as {missing[0]}"
         )
-    return model
 
 
 def _refresh_head(model: nn.Module, source: ModelSource, label_names: tuple[str, ...], found: dict[str, Any]) -> None:
@@ -276,7 +280,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """A copy of the weights that training changes, on the CPU: what must be kept of the best epoch."""
-    return {n: whole(p.detach()).to("cpu", copy=True) for n, p in model.named_parameters() if p.requires_grad}
+    return {n: full_tensor(p.detach()).to("cpu", copy=True) for n, p in model.named_parameters() if p.requires_grad}
 
 
 def load_trained_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
@@ -287,7 +291,7 @@ def load_trained_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None
                 parameter.copy_(shard_like(parameter, state[name]))
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` itself; where it is spread over the processes (FSDP), which all take part, all of it, on the CPU: what
     needs them all does not fit on one's device."""
     return tensor.full_tensor().cpu() if hasattr(tensor, "full_tensor") else tensor
@@ -329,6 +333,15 @@ def save_model(model: nn.Module, tokenizer: Any, folder: Path, card: str) -> Non
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """UserError where the block cannot write to `folder`, such as on a full disk: safetensors' error is no OSError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"model and results cannot be written to {folder}: {error}") from error
 
 
 def positive_class(data: dict[str, Any]) -> str | None:

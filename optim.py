@@ -8,6 +8,7 @@ import contextlib
 import importlib.util
 import math
 import os
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,18 +55,18 @@ def square_sum(x: Tensor, compiled: bool) -> Tensor:
     return torch.tensor(kernels.call("square_sum", x.dtype, x.numel(), x)) if compiled else torch.dot(x, x)
 
 
-def gauss_rule(a: np.ndarray, b: np.ndarray, nodes: int = NODES) -> tuple[np.ndarray, np.ndarray]:
+def gauss_rule(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Gauss quadrature of discrete measures: sum_j a_j f(b_j) ~ sum_i w_i f(x_i), f any smooth function.
 
-    a, b: [R, J] float64, one measure a row, a >= 0 with a positive sum. Returns x, w: [R, nodes]. Lanczos
+    a, b: [R, J] float64, one measure a row, a >= 0 with a positive sum. Returns x, w: [R, NODES]. Lanczos
     builds each measure's Jacobi matrix; its eigenvalues are the nodes (Golub and Welsch, 1969).
     """
     mass = a.sum(1, keepdims=True)
     q, before = np.sqrt(a / mass), np.zeros_like(a)  # [R, J]
-    jacobi = np.zeros((len(a), nodes, nodes))
+    jacobi = np.zeros((len(a), NODES, NODES))
     beta = np.zeros((len(a), 1))
     centre = b[:, :1]
-    for i in range(nodes):
+    for i in range(NODES):
         u = (b - centre) * q - beta * before
         alpha = (u * q).sum(1, keepdims=True)
         u -= alpha * q
@@ -74,7 +75,7 @@ def gauss_rule(a: np.ndarray, b: np.ndarray, nodes: int = NODES) -> tuple[np.nda
         alive = beta > 1e-9 * centre  # fewer distinct points than nodes: the rule is already exact
         beta = np.where(alive, beta, 0.0)
         before, q = q, np.where(alive, u / np.where(alive, beta, 1.0), 0.0)
-        if i + 1 < nodes:
+        if i + 1 < NODES:
             jacobi[:, i, i + 1] = jacobi[:, i + 1, i] = beta[:, 0]
     x, vectors = np.linalg.eigh(jacobi)
     return np.where(x > 0, x, 1.0), np.where(x > 0, mass * vectors[:, 0] ** 2, 0.0)
@@ -184,14 +185,13 @@ class FastAdamW(torch.optim.Optimizer):
     and resumes bit for bit.
     """
 
-    def __init__(self, fast, lr: float, betas=(0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.01,
-                 max_grad_norm: float | None = 1.0):  # fmt: skip
+    def __init__(self, fast, lr: float, weight_decay: float = 0.01, max_grad_norm: float | None = 1.0) -> None:
         self.fast, self.arena, self.max_grad_norm = fast, fast.arena, max_grad_norm
         decayed, plain = self.arena.decayed, self.arena.plain
         table = [fast.table] if fast.table.requires_grad and not self.arena.holds(fast.table) else []
         groups = [{"params": decayed + table, "weight_decay": weight_decay},
                   {"params": plain, "weight_decay": 0.0}]  # fmt: skip
-        super().__init__([g for g in groups if g["params"]], {"lr": lr, "betas": tuple(betas), "eps": eps})
+        super().__init__([g for g in groups if g["params"]], {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8})
         self.m, self.v = torch.zeros_like(self.arena.grad), torch.zeros_like(self.arena.grad)
         self.steps, self.compiled = 0, fast.compiled
         self.rules = torch.zeros(2, 9)  # of the decayed parameters and the others, where recordings find them
@@ -254,7 +254,7 @@ class FastAdamW(torch.optim.Optimizer):
         return norm
 
     def _scale(self, norm: Tensor) -> Tensor | None:
-        """AdamW divides the gradient by it as it reads: clipping costs no pass."""
+        """What AdamW divides the gradient by as it reads it, so that clipping costs no pass; None without clipping."""
         return None if self.max_grad_norm is None else ((norm + 1e-6) / self.max_grad_norm).clamp(min=1.0)
 
     def _compiled_update(self, pieces: list, scale: Tensor | None, key: bool) -> None:
@@ -300,7 +300,7 @@ class GraphedAdamW(FastAdamW):
     With Triton and a C compiler each number is read and written once (gpu.py), else by PyTorch's fused AdamW.
     """
 
-    def __init__(self, fast, **settings):
+    def __init__(self, fast, **settings: Any) -> None:
         super().__init__(fast, **settings)
         self.norm, self.count, *self.rates = torch.zeros(2 + len(self.param_groups), device=self.arena.flat.device)
         self.kernel = None
@@ -358,6 +358,6 @@ class GraphedAdamW(FastAdamW):
         self.count.fill_(self.steps)
 
 
-def adamw_for(fast, **settings) -> FastAdamW:
+def adamw_for(fast, **settings: Any) -> FastAdamW:
     """The optimiser of a `FastClassifier`."""
     return (GraphedAdamW if fast.graphed else FastAdamW)(fast, **settings)

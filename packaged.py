@@ -78,7 +78,7 @@ def flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def made_whole(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, moved there in the end: a file that is found is whole. Gone after an error."""
+    """A temporary path to write to: renamed to `path` at the end, deleted after an error. What exists is whole."""
     scratch = path.with_suffix(f".{uuid4().hex}.tmp")  # two containers may share the cache, and the process's number
     for left in path.parent.glob(f"{path.stem}.*.tmp"):
         with contextlib.suppress(FileNotFoundError):

@@ -1,9 +1,7 @@
 """Pictures of runs and cells, made from their records alone. Each function gives a figure; two ways to write one."""
 
 import io
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -43,20 +41,13 @@ STYLE = (
 )
 
 
-def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """`draw`, with this module's style."""
-
-    def drawn(*words: Any, **named: Any) -> Figure:
-        with plt.rc_context(STYLE):
-            return draw(*words, **named)
-
-    return drawn
+styled = plt.rc_context(STYLE)  # a decorator, too
 
 
+@styled
 def save_png(figure: Figure, path: Path) -> None:
     """On white, for the README and for paper."""
-    with plt.rc_context(STYLE):
-        figure.savefig(path, facecolor="white", metadata={"Software": None})
+    figure.savefig(path, facecolor="white", metadata={"Software": None})
 
 
 def to_svg(figure: Figure, title: str) -> str:
@@ -151,8 +142,9 @@ def forest(names: list[str], values: list[tuple[float, float, float]], shown: li
 
 
 @styled
-def against(points: list[tuple[str, str, float, float, float, float, bool]], label: str, quality: str) -> Figure:
-    """Quality (value, low, high) against a cost, on a log axis. points: (variant, name, x, value, low, high, named)."""
+def against(points: list[tuple[str, str, float, float, float, float, bool]], label: str) -> Figure:
+    """Test accuracy (value, low, high) against a cost, on a log axis. points: (variant, name, cost, value, low, high,
+    named)."""
     figure, axes = plt.subplots()
     colour = colours(list(dict.fromkeys(point[0] for point in points)))
     axes.set_xscale("log")
@@ -163,7 +155,7 @@ def against(points: list[tuple[str, str, float, float, float, float, bool]], lab
         axes.plot(x, value, "o", markersize=5 if is_named else 3, **shade)
         if is_named:
             named.append((x, value, name, colour[variant]))
-    axes.set(xlabel=label, ylabel=quality)
+    axes.set(xlabel=label, ylabel="test accuracy")
     axes.margins(x=0.1)
     engineering = EngFormatter(sep="")  # 1k, 10k, 1M; but 0.5, not 500m
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}" if value < 1 else engineering(value))
@@ -237,6 +229,7 @@ def confusion(cell: Cell) -> Figure:
     return figure
 
 
+@styled
 def draw_curves(folder: Path, best_epoch: int) -> None:
     """`folder`/curves.png: loss (train and validation) and the validation metrics of one fine-tuned run."""
     lines = read_lines(folder / "metrics.jsonl")
@@ -245,22 +238,21 @@ def draw_curves(folder: Path, best_epoch: int) -> None:
         numbers = [line for line in lines if isinstance(line.get(key), (int, float))]
         return [line["epoch"] for line in numbers], [line[key] for line in numbers]
 
-    with plt.rc_context(STYLE):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
-        left.plot(*series("train/loss"), alpha=0.35, color="C0", linewidth=1)
-        left.plot(*_smooth(*series("train/loss")), color="C0", label="train (smoothed)")
-        left.plot(*series("val/loss"), marker="o", color="C1", label="validation")
-        left.set(xlabel="epoch", ylabel="loss (cross-entropy, nats)", ylim=(0, None))
-        for metric in ("accuracy", "precision", "recall", "f1"):
-            right.plot(*series(f"val/{metric}"), marker="o", label=metric)
-        right.axvline(best_epoch, color="0.6", linestyle=":", label="best epoch")
-        right.set(xlabel="epoch", ylabel="validation metric (share of 1)")
-        for axes in (left, right):
-            axes.legend()
-            axes.set_xlim(0, None)
-        figure.suptitle(folder.name, fontsize=10)
-        figure.savefig(folder / "curves.png")
-        plt.close(figure)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
+    left.plot(*series("train/loss"), alpha=0.35, color="C0", linewidth=1)
+    left.plot(*_smooth(*series("train/loss")), color="C0", label="train (smoothed)")
+    left.plot(*series("val/loss"), marker="o", color="C1", label="validation")
+    left.set(xlabel="epoch", ylabel="loss (cross-entropy, nats)", ylim=(0, None))
+    for metric in ("accuracy", "precision", "recall", "f1"):
+        right.plot(*series(f"val/{metric}"), marker="o", label=metric)
+    right.axvline(best_epoch, color="0.6", linestyle=":", label="best epoch")
+    right.set(xlabel="epoch", ylabel="validation metric (share of 1)")
+    for axes in (left, right):
+        axes.legend()
+        axes.set_xlim(0, None)
+    figure.suptitle(folder.name, fontsize=10)
+    figure.savefig(folder / "curves.png")
+    plt.close(figure)
 
 
 def _smooth(epochs: list[float], values: list[float], weight: float = 0.9) -> tuple[list[float], list[float]]:

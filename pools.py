@@ -19,6 +19,8 @@ POLL_SECONDS = 0.2
 class Pool(Protocol):
     """Where the processes of a sweep run."""
 
+    at_once: int  # how many run together
+
     def submit(self, command: list[str], log: Path) -> Future:
         """Run `command` when there is room, its output to `log`. The future's result is its exit code."""
 

@@ -22,11 +22,10 @@ from torch import Tensor, nn
 import fast
 import hub
 import models
-from baseline import state_reader
 from config import TrainConfig, UserError
 from data import Batch, TokenSplit, sorted_batches
 from device import open_device, tokens_at_once
-from engine import plain_logits
+from engine import plain_logits, state_reader
 from progress import progress_bar
 from streams import Answers, open_input, open_output
 from tokens import Cutter
@@ -193,7 +192,7 @@ def ctrl_c() -> Iterator[list[int]]:
 
 @contextmanager
 def until_nobody_reads() -> Iterator[None]:
-    """End quietly where who reads the answers has gone, as `head` does."""
+    """End quietly if whoever reads the answers has gone, as `head` does."""
     try:
         yield
     except BrokenPipeError:
@@ -212,7 +211,8 @@ def merge(config: TrainConfig) -> Path:
         card = card.replace("library_name: peft", "library_name: transformers")
         scratch = Path(tempfile.mkdtemp(dir=saved.path, prefix=".merged"))
         try:
-            models.save_model(model, tokenizer, scratch, card)
+            with models.writing(saved.path):
+                models.save_model(model, tokenizer, scratch, card)
             os.chmod(scratch, 0o755)  # noqa: PTH101, S103 - a temporary folder is private, a model is not
             try:
                 scratch.rename(folder)

@@ -179,7 +179,7 @@ static inline void skinny(i64 deep, const bf16* a, const bf16* b, float* out) {
 #endif
 
 // Asks for the lines of 32 x 32 results while they are computed: most of them are not in the cache.
-static inline void await(i64 rows, const bf16* to, i64 ld) {
+static inline void prefetch_rows(i64 rows, const bf16* to, i64 ld) {
     for (i64 r = 0; r < rows; r++) __builtin_prefetch(to + r * ld, 1, 3);
 }
 
@@ -216,7 +216,7 @@ static void multiply(i64 m, i64 n, i64 k, const bf16* a, i64 lda, const bf16* b,
             const i64 rows = std::min<i64>(32, part.last - i), bottom = rows - ROWS;
             shape_tiles(std::min(rows, ROWS), bottom > 0 ? bottom : ROWS);
             for (i64 column = part.left; column < part.right; column += 32) {
-                await(rows, c + i * ldc + column, ldc);
+                prefetch_rows(rows, c + i * ldc + column, ldc);
                 const bool fetch = i == part.first && column + 32 < part.right;
                 block<false>(rows, k, a + i * lda, lda, b + column * k, out, fetch ? b + (column + 32) * k : nullptr);
                 for (i64 r = 0; r < rows; r++) store_row(out + 32 * r, c + (i + r) * ldc + column);
@@ -312,7 +312,7 @@ static void gradient(i64 n, i64 out, i64 in, const bf16* dy, i64 ldy, const bf16
             for (i64 column = first; column < last; column += 32) tall ? pack_left(i, column) : pack_right(i, column);
         for (i64 row = tall ? first : 0; row < (tall ? last : out); row += 32)
             for (i64 column = tall ? 0 : first; column < (tall ? in : last); column += 32) {
-                await(32, dw + row * in + column, in);
+                prefetch_rows(32, dw + row * in + column, in);
                 block<true>(32, n, left + row * deep, 0, right + column * deep, sums);
                 for (i64 r = 0; r < 32; r++) store_row(sums + 32 * r, dw + (row + r) * in + column);
                 float square = 0;

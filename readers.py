@@ -50,7 +50,7 @@ def read_file(file: Path, wanted: Columns = USUAL) -> pa.Table:
     return pa.Table.from_batches(chunks)
 
 
-def choose_columns(found: list[str], where: str, wanted: Columns = USUAL) -> tuple[str, str]:
+def choose_columns(found: list[str], where: str, wanted: Columns) -> tuple[str, str]:
     """The text and the label column among `found`: those wanted, else by their usual names in any case."""
     text, label = choose_column("text", found, where, wanted.text), choose_column("label", found, where, wanted.label)
     if text == label:

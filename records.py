@@ -103,7 +103,7 @@ class Cell:
         return None if None in values else float(np.mean(values))
 
     def on(self, machine: str) -> "Cell | None":
-        """Its runs on one machine; None if there are none. Costs compare only there."""
+        """Its runs on one machine; None if there are none. Costs are comparable only there."""
         runs = tuple(run for run in (*self.runs, *self.repeats) if run.machine == machine)
         return replace(self, runs=runs, repeats=()) if runs else None
 

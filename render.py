@@ -16,7 +16,7 @@ TEMPLATE = Path(__file__).with_name("report_template.html")
 
 @dataclass(frozen=True)
 class Block:
-    """A piece of a report: a heading (level 1 to 3), a text, a list (one word a row), a table or a picture."""
+    """A piece of a report: a heading (level 1 to 3), a text, a list (one item a row), a table or a picture."""
 
     kind: str
     text: str = ""  # the heading, the paragraph, or the caption

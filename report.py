@@ -328,6 +328,22 @@ def across_blocks(compared: list[tuple[Comparison, float]]) -> list[Block]:
 
 def cost_blocks(group: list[Cell], scores: dict[tuple, dict[str, stats.Scores]], draw: Gallery) -> list[Block]:
     """Time, memory, parameters, beside quality; of runs that shared a machine only where none ran alone."""
+    devices = timed_alone(run.machine for cell in group for run in (*cell.runs, *cell.repeats))
+    # One device for the picture of times: that of the most methods.
+    chosen = max(devices, key=lambda name: len({cell.method for cell in group if cell.on(name)}))
+    times = [(cell, here.fact("train_seconds")) for cell in group if (here := cell.on(chosen))]
+    parameters = [(cell, cell.fact("trainable_parameters")) for cell in group]
+    where = f" of those that ran on {chosen}" if len(devices) > 1 else ""
+    return [
+        Block("heading", "Cost", 3),
+        cost_table(group, devices),
+        cost_picture("time", "training time (s, log scale)", times, where, scores, draw),
+        cost_picture("parameters", "trained parameters (log scale)", parameters, "", scores, draw),
+    ]
+
+
+def cost_table(group: list[Cell], devices: list[str]) -> Block:
+    """A row for each cell on each device that it ran on; the last column names the device where there are several."""
     goal = np.floor(100 * max(cell.val("accuracy") for cell in group) - 1) / 100
     head = (
         "cell",
@@ -338,44 +354,46 @@ def cost_blocks(group: list[Cell], scores: dict[tuple, dict[str, stats.Scores]],
         "added by training (MB)",
     )
     head += (f"s to {goal:.2f} val. accuracy",)
-    devices = timed_alone(run.machine for cell in group for run in (*cell.runs, *cell.repeats))
-    several = len(devices) > 1
-    timed = [cell.on(device) for cell in group for device in devices]
     rows = []
-    for cell in filter(None, timed):
+    for cell in filter(None, (cell.on(device) for cell in group for device in devices)):
         peak, before = cell.fact("peak_memory_bytes"), cell.fact("memory_before_training_bytes")
-        row = [cell.name, f"{cell.fact('trainable_parameters'):,.0f}", f"{cell.fact('train_seconds'):,.0f}"]
-        if (filling := cell.fact("cache_seconds") or 0) >= 0.5:  # how much depends on what earlier runs have left there
-            row[-1] += f" ({filling:,.0f} of it filled a cache)"
-        row += [f"{cell.fact('samples_per_second'):,.0f}", f"{peak / 1e6:,.0f}"]
-        row.append("-" if before is None else f"{(peak - before) / 1e6:,.0f}")
-        row += [analysis.time_to(cell, float(goal)), *([cell.first.machine] * several)]
-        rows.append(tuple(row))
-    head += ("device",) * several
-    blocks = [Block("heading", "Cost", 3), Block("table", head=head, rows=tuple(rows))]
-    # One device for the times: that of the most methods.
-    chosen = max(devices, key=lambda name: len({cell.method for cell in group if cell.on(name)}))
-    here = [cell for cell in group if cell.on(chosen)]
-    of_time = [(cell, cell.on(chosen).fact("train_seconds")) for cell in here]
-    of_parameters = [(cell, cell.fact("trainable_parameters")) for cell in group]
-    for name, label, costs, where in (
-        ("time", "training time (s, log scale)", of_time, f" of those that ran on {chosen}" * several),
-        ("parameters", "trained parameters (log scale)", of_parameters, ""),
-    ):
-        named = {id(cell) for cell in best_cells(cell for cell, _ in costs).values()}
-        spots = []
-        for cell, cost in costs:
-            got = stats.estimate(scores[cell.first.key]["accuracy"])
-            spots.append((cell.method, cell.name, cost, got.mean, got.low, got.high, id(cell) in named))
-        caption = f"Test accuracy (95% interval) against {label}; each method's best rate{where} is named."
-        blocks.append(draw(f"accuracy_{name}", plots.against(spots, label, "test accuracy"), caption))
-    return blocks
+        seconds, filling = cell.fact("train_seconds"), cell.fact("cache_seconds") or 0
+        # How much of it filled a cache depends on what earlier runs have left there.
+        filled = f" ({filling:,.0f} of it filled a cache)" if filling >= 0.5 else ""
+        row = (
+            cell.name,
+            f"{cell.fact('trainable_parameters'):,.0f}",
+            f"{seconds:,.0f}{filled}",
+            f"{cell.fact('samples_per_second'):,.0f}",
+            f"{peak / 1e6:,.0f}",
+            "-" if before is None else f"{(peak - before) / 1e6:,.0f}",
+            analysis.time_to(cell, float(goal)),
+        )
+        rows.append((*row, cell.first.machine) if len(devices) > 1 else row)
+    return Block("table", head=(*head, "device") if len(devices) > 1 else head, rows=tuple(rows))
+
+
+def cost_picture(
+    name: str,
+    label: str,
+    costs: list[tuple[Cell, float]],
+    where: str,
+    scores: dict[tuple, dict[str, stats.Scores]],
+    draw: Gallery,
+) -> Block:
+    """Test accuracy against one cost of each cell; each method's best rate is named."""
+    named = {id(cell) for cell in best_cells(cell for cell, _ in costs).values()}
+    spots = []
+    for cell, cost in costs:
+        got = stats.estimate(scores[cell.first.key]["accuracy"])
+        spots.append((cell.method, cell.name, cost, got.mean, got.low, got.high, id(cell) in named))
+    caption = f"Test accuracy (95% interval) against {label}; each method's best rate{where} is named."
+    return draw(f"accuracy_{name}", plots.against(spots, label), caption)
 
 
 def analysis_blocks(best: dict[str, Cell], top: Cell, draw: Gallery) -> list[Block]:
     """Where the best cell and the others are wrong."""
     error = plots.calibration_error(top)
-    agree = analysis.agreement(list(best.values()), top)
     return [
         Block("heading", "Errors", 3),
         draw("calibration", plots.calibration(top), f"{top.name}: expected calibration error {error:.3f}."),
@@ -383,9 +401,14 @@ def analysis_blocks(best: dict[str, Cell], top: Cell, draw: Gallery) -> list[Blo
             "confusion", plots.confusion(top), f"{top.name}: test rows a run, mean over seeds; share of the true class."
         ),
         Block("text", "Agreement: the share of test rows, mean over all pairs of runs with one of each cell."),
-        Block("table", head=agree[0], rows=agree[1:]),
+        table_block(analysis.agreement(list(best.values()), top)),
         Block("text", "Test accuracy by length in words and by negation (not, n't, no, never, without, ...)."),
-        *(Block("table", head=table[0], rows=table[1:]) for table in [analysis.by_kind_of_row(list(best.values()))]),
+        table_block(analysis.by_kind_of_row(list(best.values()))),
         Block("text", f"The most confident mistakes of {top.name} (row of the test set, from 0)."),
-        *(Block("table", head=table[0], rows=table[1:]) for table in [analysis.mistakes(top)]),
+        table_block(analysis.mistakes(top)),
     ]
+
+
+def table_block(table: analysis.Table) -> Block:
+    """A table whose first row is its head."""
+    return Block("table", head=table[0], rows=table[1:])

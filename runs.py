@@ -103,11 +103,11 @@ def announce(job: Job, record: dict[str, Any]) -> None:
 
 
 def _check_writable(output_dir: str) -> None:
-    """UserError for a folder that cannot be made or written: now, not behind minutes of reading."""
+    """UserError for a folder that cannot be made or written: now, not after minutes of reading."""
     wanted = Path(output_dir).absolute()
     there = next(path for path in (wanted, *wanted.parents) if os.path.exists(path))  # noqa: PTH110 - never raises
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        fault = "is no folder" if not there.is_dir() else "cannot be written"
+        fault = "is not a folder" if not there.is_dir() else "cannot be written"
         raise UserError(f"--output_dir {output_dir}: expected a folder that can be written, but {there} {fault}")
 
 
@@ -347,9 +347,20 @@ def write_outcome(job: Job, run_dir: Path, result: dict[str, Any], probabilities
 
 
 def share(job: Job, run_dir: Path) -> None:
-    """Upload the model where --push_to_hub asks for it: behind the run, which is finished whatever the hub says."""
+    """Upload the model, with --push_to_hub. The run is finished by then: a failed upload does not undo it."""
     if job.config.push_to_hub and job.accelerator.is_main_process:
         hub.upload(run_dir / "model", job.config.push_to_hub)
+
+
+def share_again(config: TrainConfig) -> Path:
+    """For a finished run that is resumed: its upload may have failed, or been stopped. Returns its folder."""
+    run_dir = Path(config.resume)
+    if int(os.environ.get("RANK", "0")):  # of several processes one is enough
+        return run_dir
+    print(f"{run_dir} is finished already")
+    if config.push_to_hub:
+        hub.upload(run_dir / "model", config.push_to_hub)
+    return run_dir
 
 
 def warn_of_one_answer(labels: np.ndarray, probabilities: np.ndarray, names: tuple[str, ...]) -> None:

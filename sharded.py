@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import models
 from engine import PlainEngine
-from models import encoder_blocks, shard_like, whole
+from models import encoder_blocks, full_tensor, shard_like
 
 
 class ShardedAdamW(torch.optim.AdamW):
@@ -25,7 +25,8 @@ class ShardedAdamW(torch.optim.AdamW):
         """As torch's, with whole tensors."""
         state = super().state_dict()
         moments = {
-            number: {name: whole(value) for name, value in entry.items()} for number, entry in state["state"].items()
+            number: {name: full_tensor(value) for name, value in entry.items()}
+            for number, entry in state["state"].items()
         }
         return {**state, "state": moments}
 
@@ -44,7 +45,7 @@ class ShardedAdamW(torch.optim.AdamW):
 class ShardedEngine(PlainEngine):
     """PlainEngine over FSDP2 (torch's `fully_shard`): a block's weights are whole only while it computes."""
 
-    def __init__(self, model: nn.Module, accelerator: Accelerator, *settings: Any) -> None:
+    def __init__(self, model: nn.Module, accelerator: Accelerator, **settings: Any) -> None:
         self.to_save = copy.deepcopy(model.cpu()) if accelerator.is_main_process else None
         model.to(accelerator.device)
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
@@ -55,7 +56,7 @@ class ShardedEngine(PlainEngine):
             if isinstance(module, FSDPModule):  # sums: the loss is divided by the whole batch already
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
-        super().__init__(model, accelerator, "FSDP", *settings)
+        super().__init__(model, accelerator, "FSDP", **settings)
         self.distributed = False  # the backward pass itself sums up the gradients
 
     def make_optimizer(self, groups: list[dict[str, Any]], lr: float, fused: bool) -> torch.optim.Optimizer:

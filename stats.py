@@ -1,4 +1,4 @@
-"""How far numbers can be trusted that come from few seeds and one test set.
+"""How far to trust numbers that come from a few seeds and one test set.
 
 A run's metric varies with its seed and with the rows of the test set, and all runs are scored on the same rows. So an
 interval is made of two parts, seeds first, then rows (Davison and Hinkley 1997, section 3.8, on such data):
@@ -31,7 +31,6 @@ class Estimate:
     sd: float | None  # between seeds; None for one seed
     low: float
     high: float
-    seeds: int
 
 
 @dataclass(frozen=True)
@@ -120,11 +119,10 @@ def seed_draws(parts: list[tuple[float, Scores]], rng: np.random.Generator) -> n
 
 def estimate(scores: Scores) -> Estimate:
     """Mean over seeds with its 95% interval over seeds and rows."""
-    runs = len(scores.observed)
     draws = scores.resampled.mean(axis=1) + seed_draws([(1, scores)], np.random.default_rng(1))
     low, high = _interval(np.clip(draws, 0, 1))
-    sd = float(scores.observed.std(ddof=1)) if runs > 1 else None
-    return Estimate(float(scores.observed.mean()), sd, low, high, runs)
+    sd = float(scores.observed.std(ddof=1)) if len(scores.observed) > 1 else None
+    return Estimate(float(scores.observed.mean()), sd, low, high)
 
 
 def contrast(parts: list[tuple[float, Scores]], paired: bool = True) -> Difference:

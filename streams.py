@@ -51,7 +51,7 @@ class Source(NamedTuple):
     file: Path | None
 
 
-def open_input(texts: tuple[str, ...], file: str | None, text_column: str | None, guess: str | None = None) -> Source:
+def open_input(texts: tuple[str, ...], file: str | None, text_column: str | None, guess: str | None) -> Source:
     """The texts given, the file named, or standard input. UserError where there is nothing to read.
 
     text_column: that of the file, where the user named it; guess: that of the file the run was trained on.
@@ -63,7 +63,7 @@ def open_input(texts: tuple[str, ...], file: str | None, text_column: str | None
         return Source(_windows(({"text": text}, text) for text in texts), "lines", None)
     if file is None:
         if sys.stdin is None or sys.stdin.closed:
-            raise UserError("--predict: expected texts behind the run, --input FILE, or lines on standard input")
+            raise UserError("--predict: expected texts after the run, --input FILE, or lines on standard input")
         if sys.stdin.isatty():
             print("one text a line; Ctrl-D ends", file=sys.stderr)
         rows = 1 if sys.stdin.isatty() else WINDOW_ROWS  # who types a line waits for its answer
@@ -171,7 +171,7 @@ def _check_different(names: list[str], where: str) -> None:
 
 
 def _check_free(names: Any, where: str) -> None:
-    """The names of what is added must not be taken."""
+    """UserError if the input already has a column that --predict would add."""
     if taken := [name for name in names if name in (LABEL, PROBABILITIES) or str(name).startswith("probability_")]:
         raise UserError(f"{where}: expected no column of the name {taken[0]!r}, which --predict adds")
 

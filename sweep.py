@@ -16,22 +16,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from config import DEFAULT_DATASET, Interrupted, TrainConfig, UserError, say
-from grid import FLAGS, cell_names, command_words, identity, read_grid
+from grid import FLAGS, OF_THE_SWEEP, cell_names, command_words, identity, read_grid
 from pools import ForwardSignals, LocalPool, Pool, RayPool
 
 ROOT = Path(__file__).resolve().parent
 
 
-class SweepInterrupted(Interrupted):
-    """The user stopped a sweep. `exit_code` is 128 + the signal's number."""
-
-    def __init__(self, number: int, left: int, file: str) -> None:
-        KeyboardInterrupt.__init__(self, f"stopped with {left} runs to go; the same command goes on (--sweep {file})")
-        self.exit_code = 128 + number
-
-
 @dataclass(frozen=True)
-class Cell:
+class SweepRun:
     """One run of a sweep, and how far it is."""
 
     name: str
@@ -47,12 +39,11 @@ class Cell:
 def sweep(config: TrainConfig) -> None:
     """Run what the grid lists and is not finished yet; with --dry_run, list it.
 
-    Raises UserError if runs failed, SweepInterrupted after Ctrl-C or SIGTERM.
+    Raises UserError if runs failed, Interrupted after Ctrl-C or SIGTERM.
     """
     file, outputs = Path(config.runs[0]), Path(config.output_dir)
-    beside = {name: getattr(config, name) for name in config.given.split(",") if name in FLAGS}
-    for name in ("output_dir", "plots_dir", "dry_run", "workers", "ray", "export"):
-        beside.pop(name, None)
+    given = [name for name in config.given.split(",") if name in FLAGS and name not in OF_THE_SWEEP]
+    beside = {name: getattr(config, name) for name in given}
     root = outputs / file.stem
     cells = find_cells(read_grid(file, beside), root)
     if config.dry_run:
@@ -67,7 +58,8 @@ def sweep(config: TrainConfig) -> None:
             failed = _run_all(todo, root, outputs, pool, signals)
     if signals.number:
         left = sum(not cell.finished for cell in find_cells([cell.config for cell in cells], root))
-        raise SweepInterrupted(signals.number, left, str(file))
+        message = f"stopped with {left} runs to go; the same command goes on (--sweep {file})"
+        raise Interrupted(signals.number, message)
     for name, reason in failed:
         say(f"failed: {name}: {reason}")
     if failed:
@@ -75,7 +67,7 @@ def sweep(config: TrainConfig) -> None:
     say(f"all {len(cells)} runs are done; python main.py --report {root}")
 
 
-def find_cells(configs: list[TrainConfig], root: Path) -> list[Cell]:
+def find_cells(configs: list[TrainConfig], root: Path) -> list[SweepRun]:
     """Each config with its run folder in `root`, if there is one: a finished one, else the newest."""
     found: dict[tuple, Path] = {}
     files = sorted(root.glob("*/config.json"), key=lambda path: (_finished(path.parent), path.stat().st_mtime))
@@ -88,7 +80,7 @@ def find_cells(configs: list[TrainConfig], root: Path) -> list[Cell]:
         finished = folder is not None and _finished(folder)
         if config.mode == "baseline" and not finished:
             folder = None  # it has nothing to go on with
-        cells.append(Cell(f"{name} seed {config.seed}", config, folder, finished))
+        cells.append(SweepRun(f"{name} seed {config.seed}", config, folder, finished))
     return cells
 
 
@@ -96,7 +88,7 @@ def _finished(folder: Path) -> bool:
     return (folder / "result.json").exists()
 
 
-def listing(cells: list[Cell], outputs: Path, workers: int) -> str:
+def listing(cells: list[SweepRun], outputs: Path, workers: int) -> str:
     """Markdown: each run with its state and the time its training takes, as far as older records tell."""
     estimate = Estimate(outputs)
     lines = ["| run | state | training time |", "|---|---|---|"]
@@ -140,7 +132,7 @@ class Estimate:
         rate = max(reversed(alike), key=lambda one: one[0])[1]  # the newest, of the same data if there is one
         return rows * (1 if config.mode == "baseline" else config.epochs) / rate
 
-    def left(self, cells: list[Cell], workers: int) -> str:
+    def left(self, cells: list[SweepRun], workers: int) -> str:
         """The training time of what is not finished, in words."""
         seconds = [self(cell.config) for cell in cells if not cell.finished]
         if not seconds:
@@ -161,7 +153,7 @@ def readable(seconds: float) -> str:
 
 
 def _run_all(
-    todo: list[Cell], root: Path, outputs: Path, pool: Pool, signals: "ForwardSignals"
+    todo: list[SweepRun], root: Path, outputs: Path, pool: Pool, signals: ForwardSignals
 ) -> list[tuple[str, str]]:
     """Run the cells, say after each how far the sweep is. Returns (name, reason) of those that failed."""
     futures, failed = {}, []

@@ -18,7 +18,8 @@ HEAD_SHARE = 0.25  # of what head_tail keeps; Sun et al. 2019 (arXiv 1905.05583)
 
 @dataclass(frozen=True)
 class Cutter:
-    """Texts -> token ids, none longer than `max_length`: the first ones, or (head_tail) a quarter first, the rest last.
+    """Texts -> token ids, at most `max_length`: the first ones or, with head_tail, a quarter from the start and the
+    rest from the end.
 
     What the tokenizer puts around a text (CLS, SEP) stays.
     """

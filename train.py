@@ -16,15 +16,13 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from safetensors import SafetensorError
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
-import hub
 import models
 import runs
 from checkpoint import Checkpoints, GracefulStop, newest_whole
-from config import Interrupted, TrainConfig, UserError
+from config import TrainConfig, UserError
 from data import Batch, TokenSplit, epoch_steps
 from device import PeakMemory, main_process_first, wait_for_everyone
 from engine import Engine, FastEngine, make_engine, predict_probabilities
@@ -66,6 +64,8 @@ class Progress:
         if finite:
             self.window_loss = self.window_loss + loss_sum
             self.window_examples += examples
+        else:
+            self.skipped_steps += 1
 
     def flush_window(self, accelerator: Accelerator) -> dict[str, float]:
         """Mean loss and rate since the last call."""
@@ -80,22 +80,13 @@ class Progress:
 def finetune(config: TrainConfig, source: models.ModelSource) -> Path:
     """Train, keep the best epoch by validation accuracy, then loss; score test once. Returns the run folder."""
     if config.resume:
-        wanted, config = config, runs.find_resumable(config)
+        asked, config = config, runs.find_resumable(config)
         if config is None:
-            print(f"{wanted.resume} is finished already")
-            if wanted.push_to_hub:  # the upload may have failed, or been stopped
-                hub.upload(Path(wanted.resume) / "model", wanted.push_to_hub)
-            return Path(wanted.resume)
+            return runs.share_again(asked)
     job = runs.prepare(config, source)
     record = runs.describe(job)  # before LoRA renames the encoder's weights
     engine, loader, schedule = set_up(job, record)
-    progress = Progress(window_loss=torch.zeros((), device=job.accelerator.device))
-    state = None
-    if config.resume:
-        runs.check_same(record, Path(config.resume))
-        state = newest_whole(Path(config.resume) / "checkpoints")
-    metrics_bytes = restore(state, engine, schedule, progress, job.accelerator) if state else 0
-    note_device(progress, record, job.accelerator)
+    progress, metrics_bytes = starting_point(job, record, engine, schedule)
     with runs.open_run(job, record, metrics_bytes) as (run_dir, logger), GracefulStop(run_dir) as stop:
         runs.announce(job, record)
         checkpoints = Checkpoints(run_dir / "checkpoints", config.save_every, job.accelerator)
@@ -115,10 +106,10 @@ def finetune(config: TrainConfig, source: models.ModelSource) -> Path:
             logger,
             progress,
             epochs=config.epochs,
-            steps=record["steps"] // config.epochs,
+            steps_per_epoch=record["steps"] // config.epochs,
             on_nan=config.on_nan,
             class_weights=balanced_weights(job) if config.class_weights == "balanced" else None,
-            after_step=lambda: save_where_due(checkpoints, stop, job.accelerator, progress, taken, run_dir),
+            after_step=lambda: save_where_due(checkpoints, stop, progress, taken),
         )
         stop.close_loop()
         record |= costs(progress, memory, config.epochs * len(splits["train"]))
@@ -129,22 +120,29 @@ def finetune(config: TrainConfig, source: models.ModelSource) -> Path:
     return run_dir
 
 
+def starting_point(job: runs.Job, record: dict[str, Any], engine: Engine, schedule: LambdaLR) -> tuple[Progress, int]:
+    """(progress, bytes of metrics.jsonl written by then): step 0, or the newest whole checkpoint of a resumed run."""
+    progress, metrics_bytes = Progress(window_loss=torch.zeros((), device=job.accelerator.device)), 0
+    if job.config.resume:
+        run_dir = Path(job.config.resume)
+        runs.check_same(record, run_dir)
+        if state := newest_whole(run_dir / "checkpoints"):
+            metrics_bytes = restore(state, engine, schedule, progress, job.accelerator)
+    note_device(progress, record, job.accelerator)
+    return progress, metrics_bytes
+
+
 def save_where_due(
-    checkpoints: Checkpoints,
-    stop: GracefulStop,
-    accelerator: Accelerator,
-    progress: Progress,
-    taken: Callable[[], dict[str, Any]],
-    run_dir: Path,
+    checkpoints: Checkpoints, stop: GracefulStop, progress: Progress, taken: Callable[[], dict[str, Any]]
 ) -> None:
-    """A checkpoint, where it is time for one or the run is to stop; then Interrupted."""
-    step, asked = progress.global_step, stop.asked(accelerator)
+    """Save a checkpoint if one is due or the run is to stop; in that case raise Interrupted."""
+    step, asked = progress.global_step, stop.asked(checkpoints.accelerator)
     if asked or checkpoints.due(step):
         started = time.perf_counter()
         checkpoints.save(step, taken())
         progress.checkpoint_seconds += time.perf_counter() - started
     if asked:
-        raise Interrupted(asked, run_dir, f"at step {step}")
+        raise stop.interrupted(asked, f"at step {step}")
 
 
 def costs(progress: Progress, memory: PeakMemory, samples: int) -> dict[str, Any]:
@@ -162,22 +160,26 @@ def costs(progress: Progress, memory: PeakMemory, samples: int) -> dict[str, Any
 
 
 def set_up(job: runs.Job, record: dict[str, Any]) -> tuple[Engine, Loader, LambdaLR]:
-    """The engine around the model, adapted where LoRA is asked for; what it sees in an epoch; the learning rate."""
+    """(engine, loader, schedule) for the model, which gets its adapters first with --peft. Their sizes, name and number
+    of steps go to `record`."""
     config, model, accelerator = job.config, job.model, job.accelerator
     if config.peft:
         model = models.add_lora(model, config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_layers)
     trainable, total = models.count_parameters(model)
-    engine = make_engine(
-        model.to(accelerator.device),
-        accelerator,
-        precision=job.precision,
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        frozen_prefix=len(models.encoder_blocks(job.model)[1]) - config.lora_layers if config.lora_layers else 0,
-        plain=config.plain,
-        sharded=job.sharded,
-    )
+    model = model.to(accelerator.device)
+    settings = {
+        "precision": job.precision,
+        "lr": config.lr,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "frozen_prefix": len(models.encoder_blocks(job.model)[1]) - config.lora_layers if config.lora_layers else 0,
+    }
+    if job.sharded:
+        from sharded import ShardedEngine  # here, since it is seldom needed and takes a while to import
+
+        engine: Engine = ShardedEngine(model, accelerator, **settings)
+    else:
+        engine = make_engine(model, accelerator, plain=config.plain, **settings)
     lengths = job.splits["train"].lengths
     loader = partial(epoch_steps, lengths, config.batch_size, config.gradient_accumulation_steps, config.seed)
     steps = config.epochs * sum(1 for _ in loader(0))
@@ -188,8 +190,8 @@ def set_up(job: runs.Job, record: dict[str, Any]) -> tuple[Engine, Loader, Lambd
 
 
 def note_device(progress: Progress, record: dict[str, Any], accelerator: Accelerator) -> None:
-    """Where a run is resumed on another device or number of threads, say so, there and in the record: sums are rounded
-    in another order, and its times are those of no device."""
+    """If a run is resumed on another device, or with another number of threads, say so, on stderr and in the record:
+    its sums were rounded in another order, and its times describe no single device."""
     progress.devices = tuple(dict.fromkeys((*progress.devices, record["device"])))
     record["device"] = ", then ".join(progress.devices)
     if len(progress.devices) > 1:
@@ -198,7 +200,8 @@ def note_device(progress: Progress, record: dict[str, Any], accelerator: Acceler
 
 
 def cache_prefix(job: runs.Job, engine: Engine, record: dict[str, Any], progress: Progress) -> dict[str, TokenSplit]:
-    """The splits, with what the frozen layers make of them where there are such layers; filling counts as training."""
+    """The splits, with the frozen layers' output beside them if there is a frozen prefix. Filling the cache counts as
+    training."""
     if not isinstance(engine, FastEngine) or not engine.frozen_prefix:
         return job.splits
     started = time.perf_counter()
@@ -229,7 +232,7 @@ def snapshot(
     if accelerator.device.type != "cpu":
         own["device"] = torch.get_device_module(accelerator.device).get_rng_state()
     return {
-        "weights": {n: models.whole(p.detach()) for n, p in engine.model.named_parameters() if p.requires_grad},
+        "weights": {n: models.full_tensor(p.detach()) for n, p in engine.model.named_parameters() if p.requires_grad},
         "optimizer": engine.optimizer.state_dict(),
         "schedule": schedule.state_dict(),
         "progress": {name: value for name, value in vars(progress).items() if name != "window_loss"},
@@ -280,20 +283,20 @@ def train(
     progress: Progress,
     *,
     epochs: int,
-    steps: int,
+    steps_per_epoch: int,
     on_nan: str = "stop",
     class_weights: torch.Tensor | None = None,
     after_step: Callable[[], None] = lambda: None,
 ) -> None:
-    """The training loop: `epochs` passes of `steps` steps, validation after each; continues where `progress` stands.
+    """The training loop: `epochs` passes, validation after each; goes on from where `progress` stands.
 
     The loss of a step is the mean over its examples, however they are spread over forward passes and processes.
     """
     quiet = not (accelerator.is_main_process and sys.stderr.isatty())
-    with tqdm(total=epochs * steps, initial=progress.global_step, unit="step", disable=quiet) as bar:
-        for epoch in range(progress.global_step // steps, epochs):
+    with tqdm(total=epochs * steps_per_epoch, initial=progress.global_step, unit="step", disable=quiet) as bar:
+        for epoch in range(progress.global_step // steps_per_epoch, epochs):
             engine.train_mode()
-            rows = islice(loader(epoch), progress.global_step % steps, None)
+            rows = islice(loader(epoch), progress.global_step % steps_per_epoch, None)
             upcoming = load(splits["train"], next(rows, None), accelerator)
             while upcoming is not None:
                 started = time.perf_counter()
@@ -307,22 +310,21 @@ def train(
                 learning_rate = schedule.get_last_lr()[0]
                 engine.step()
                 schedule.step()
+                # A GPU is still at this step: the next one's batches are made before `stepped` waits for it.
                 upcoming = load(splits["train"], next(rows, None), accelerator)
                 finite = engine.stepped()
                 progress.count(step_loss, examples, time.perf_counter() - started, finite)
                 bar.update()
-                if not finite:
-                    progress.skipped_steps += 1
-                    if on_nan == "stop":
-                        bad = np.concatenate(micro_batches).tolist()
-                        raise UserError(
-                            f"the loss or its gradient is not finite at step {progress.global_step} (learning rate "
-                            f"{learning_rate:g}, training rows {bad}); lower --lr, or give --on_nan skip"
-                        )
-                at_end = progress.global_step % steps == 0
+                if not finite and on_nan == "stop":
+                    bad = np.concatenate(micro_batches).tolist()
+                    raise UserError(
+                        f"the loss or its gradient is not finite at step {progress.global_step} (learning rate "
+                        f"{learning_rate:g}, training rows {bad}); lower --lr, or give --on_nan skip"
+                    )
+                at_end = progress.global_step % steps_per_epoch == 0
                 if progress.global_step % LOG_EVERY == 0 or at_end:
                     values = {**progress.flush_window(accelerator), "train/lr": learning_rate}
-                    logger.log(values, step=progress.global_step, epoch=progress.global_step / steps)
+                    logger.log(values, step=progress.global_step, epoch=progress.global_step / steps_per_epoch)
                     bar.set_postfix(
                         loss=f"{values.get('train/loss', math.nan):z.3f}",
                         rate=f"{values['train/samples_per_second']:.0f}/s",
@@ -343,8 +345,11 @@ def balanced_weights(job: runs.Job) -> torch.Tensor:
 def load(
     split: TokenSplit, micro_batches: list[np.ndarray] | None, accelerator: Accelerator
 ) -> tuple[list[np.ndarray], Iterable[tuple[Batch, float]]] | None:
-    """This process's parts of a step's batches: on a GPU at once, while it works on the step before; on the CPU each
-    when it is asked for, since it may lie where the one before did."""
+    """A step's micro-batches, and this process's share of each with its weight; None at the end of the epoch.
+
+    For a GPU they are copied at once, while it works on the previous step. On the CPU each is made when it is asked
+    for, since `HiddenStates.batch` overwrites the one before.
+    """
     if micro_batches is None:
         return None
     parts = (own_part(split, indices, accelerator) for indices in micro_batches)
@@ -393,10 +398,8 @@ def finish(
     if job.accelerator.is_main_process:
         values = {f"test/{name}": value for name, value in scores["test"].items() if isinstance(value, float)}
         logger.log(values, step=record["steps"], epoch=job.config.epochs)
-        try:
+        with models.writing(run_dir):
             models.save_model(model, job.tokenizer, run_dir / "model", models.model_card(record, scores))
             runs.write_outcome(job, run_dir, {**record, **scores}, found["test"])
-            runs.warn_of_one_answer(splits["validation"].labels, found["val"], job.data.label_names)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"model and results cannot be written to {run_dir}: {error}") from error
+        runs.warn_of_one_answer(splits["validation"].labels, found["val"], job.data.label_names)
     wait_for_everyone(job.accelerator)

@@ -326,7 +326,7 @@ def test_pictures_of_costs_show_what_they_can(studies, tmp_path, monkeypatch):
     """Parameters depend on no machine; of times, each method's best cell of that machine has its name."""
     drawn = {}
 
-    def against(points, label, quality):
+    def against(points, label):
         drawn[label.split(" (")[0]] = points
         return plots.plt.figure()
 
@@ -464,7 +464,7 @@ def test_pictures_count_one_seed_leave_room_for_markers_and_have_no_milliseconds
     (axes,) = plots.curves({"full": full}, "val/loss", "loss").axes
     assert axes.get_xlim()[0] < 1 and axes.get_xlim()[1] > full.first.curve["epoch"][-1]
     points = [("full", "full", x, 0.8, 0.7, 0.9, False) for x in (0.5, 3000.0)]
-    ticks = plots.against(points, "s", "accuracy").axes[0].xaxis.get_major_formatter()
+    ticks = plots.against(points, "s").axes[0].xaxis.get_major_formatter()
     assert [ticks(value) for value in (0.1, 0.5, 1, 1000)] == ["0.1", "0.5", "1", "1k"]
     plt.close("all")
 

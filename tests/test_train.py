@@ -149,7 +149,9 @@ def test_a_step_is_the_mean_over_its_examples(no_dropout, tiny_data, plain):
         engine.step, engine.stepped = record, lambda: True
         schedule = train.linear_schedule(engine.optimizer, 0.0, 1)
         loader = lambda epoch, passes=passes: iter([passes])  # noqa: E731
-        train.train(engine, schedule, loader, splits, accelerator, NullLogger(), train.Progress(), epochs=1, steps=1)
+        train.train(
+            engine, schedule, loader, splits, accelerator, NullLogger(), train.Progress(), epochs=1, steps_per_epoch=1
+        )
     assert len(gradients[0]) == len(list(model.parameters()))
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)

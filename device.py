@@ -126,7 +126,7 @@ def device_name(device: torch.device) -> str:
         name = torch.cuda.get_device_name(device)
     elif device.type == "cpu":
         name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
-    return name + f" ({', '.join(notes)})" * bool(notes)
+    return f"{name} ({', '.join(notes)})" if notes else name
 
 
 class PeakMemory:

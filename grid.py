@@ -100,7 +100,7 @@ def plain_name(config: dict[str, Any], with_lr: bool = False) -> str:
     """The method's name, with or without its learning rate: `LoRA r16 a64`."""
     if config["mode"] == "baseline":
         return "baseline"
-    lr = f" {Decimal(str(config['lr'])).normalize():e}" * with_lr
+    lr = f" {Decimal(str(config['lr'])).normalize():e}" if with_lr else ""
     if not config["peft"]:
         return f"full{lr}"
     layers = f" last {config['lora_layers']}" if config.get("lora_layers") else ""

@@ -254,34 +254,40 @@ static void lora_down(i64 n, i64 in, i64 r, i64 groups, const T* x, i64 ldx, con
 template <class T>
 static void lora_backward(i64 n, i64 in, i64 r, i64 groups, const T* x, i64 ldx, const float* A, const int8_t* bits,
                           const int8_t* limit, float scale, const T* dh, T* dx, i64 ldd, float* dA) {
-    const Dropout drop = {bits, limit, scale};
-    const i64 wide = whole(in), block = 16;
-    ColumnSums sums(groups * r * wide);
+    const i64 wide = whole(in), block = 16, most = 384, ranks = groups * r;  // 16 x 384 stay in the first cache
+    ColumnSums sums(ranks * wide);
 #pragma omp parallel
     {
-        std::vector<float> rows(block * wide), sum(block * wide), kept(wide), down(block * r);
+        std::vector<float> rows(block * most), sum(block * most), kept(most), down(block * ranks);
         float* mine = sums.mine();
 #pragma omp for schedule(static)
         for (i64 start = 0; start < n; start += block) {
-            i64 count = std::min(block, n - start);
-            for (i64 i = 0; dx && i < count; i++)
-                for (i64 j = 0; j < in; j++) sum[i * wide + j] = load(dx[(start + i) * ldd + j]);
-            for (i64 g = 0; g < groups; g++) {
-                for (i64 i = 0; i < count; i++) {
-                    for (i64 j = 0; j < r; j++) down[i * r + j] = load(dh[(start + i) * ldd + g * r + j]);
-                    drop.apply(in, (g * n + start + i) * in, x + (start + i) * ldx, rows.data() + i * wide);
+            const i64 count = std::min(block, n - start);
+            for (i64 i = 0; i < count; i++)
+                for (i64 j = 0; j < ranks; j++) down[i * ranks + j] = load(dh[(start + i) * ldd + j]);
+            for (i64 first = 0; first < in; first += most) {
+                const i64 columns = std::min(most, in - first), full = whole(columns);
+                T* to = dx ? dx + start * ldd + first : nullptr;
+                for (i64 i = 0; dx && i < count; i++)
+                    for (i64 j = 0; j < columns; j++) sum[i * most + j] = load(to[i * ldd + j]);
+                for (i64 g = 0; g < groups; g++) {
+                    const Dropout part = {bits ? bits + (g * n + start) * in + first : nullptr, limit + first, scale};
+                    for (i64 i = 0; i < count; i++)
+                        part.apply(columns, i * in, x + (start + i) * ldx + first, rows.data() + i * most);
+                    product<true>(r, full, count, down.data() + g * r, 1, ranks, rows.data(), most,
+                                  mine + g * r * wide + first, wide);
+                    if (!dx) continue;
+                    product(count, full, r, down.data() + g * r, ranks, 1, A + g * r * wide + first, wide, rows.data(),
+                            most);
+                    for (i64 i = 0; i < count; i++) {
+                        float *__restrict total = sum.data() + i * most, *__restrict from = kept.data();
+                        part.apply(columns, i * in, rows.data() + i * most, from);
+                        for (i64 j = 0; j < columns; j++) total[j] += from[j];
+                    }
                 }
-                product<true>(r, wide, count, down.data(), 1, r, rows.data(), wide, mine + g * r * wide, wide);
-                if (!dx) continue;
-                product(count, wide, r, down.data(), r, 1, A + g * r * wide, wide, rows.data(), wide);
-                for (i64 i = 0; i < count; i++) {
-                    float *__restrict to = sum.data() + i * wide, *__restrict from = kept.data();
-                    drop.apply(in, (g * n + start + i) * in, rows.data() + i * wide, from);
-                    for (i64 j = 0; j < in; j++) to[j] += from[j];
-                }
+                for (i64 i = 0; dx && i < count; i++)
+                    for (i64 j = 0; j < columns; j++) store(to[i * ldd + j], sum[i * most + j]);
             }
-            for (i64 i = 0; dx && i < count; i++)
-                for (i64 j = 0; j < in; j++) store(dx[(start + i) * ldd + j], sum[i * wide + j]);
         }
     }
     for (i64 row = 0; row < groups * r; row++) sums.put(dA + row * in, row * wide, in);

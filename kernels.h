@@ -166,6 +166,7 @@ template <int C, bool ADD>
 static void strip(i64 m, i64 k, const float* a, i64 row, i64 column, const float* b, i64 ldb, float* c, i64 ldc) {
     i64 i = 0;
     for (; i + 6 <= m; i += 6) tile<6, C, ADD>(k, a + i * row, row, column, b, ldb, c + i * ldc, ldc);
+    for (; i + 4 <= m; i += 4) tile<4, C, ADD>(k, a + i * row, row, column, b, ldb, c + i * ldc, ldc);
     for (; i + 2 <= m; i += 2) tile<2, C, ADD>(k, a + i * row, row, column, b, ldb, c + i * ldc, ldc);
     for (; i < m; i++) tile<1, C, ADD>(k, a + i * row, row, column, b, ldb, c + i * ldc, ldc);
 }

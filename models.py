@@ -218,7 +218,7 @@ def load_saved(source: ModelSource, label_names: tuple[str, ...]) -> nn.Module:
             warnings.simplefilter("ignore", FutureWarning)
             return PeftModel.from_pretrained(base, folder).merge_and_unload()
     except Exception as error:  # of many kinds: safetensors', PEFT's, shapes that differ
-        damaged = f"its {reading} is damaged: " * isinstance(error, SafetensorError)
+        damaged = f"its {reading} is damaged: " if isinstance(error, SafetensorError) else ""
         raise UserError(f"--model {source.name}: {damaged}{first_line(error)}") from error
 
 

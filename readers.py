@@ -71,10 +71,10 @@ def choose_column(kind: str, found: list[str], where: str, wanted: str | None, g
     column = next((lowered[name] for name in names if name in lowered), None)
     if column is None:
         joined = len(found) == 1 and re.search(r"[;,|\t]", str(found[0]))
-        hint = "; is it comma-separated (.csv) or tab-separated (.tsv)?" if joined else ""
-        hint = hint or f"; name it with --{kind}_column"
-        hint += " (rows without labels are for --predict)" * (kind == "label")
-        raise UserError(f"{where}: expected a column {' or '.join(names)}, found {brief(found)}{hint}")
+        hint = "is it comma-separated (.csv) or tab-separated (.tsv)?" if joined else f"name it with --{kind}_column"
+        if kind == "label":
+            hint += " (rows without labels are for --predict)"
+        raise UserError(f"{where}: expected a column {' or '.join(names)}, found {brief(found)}; {hint}")
     return column
 
 

@@ -168,10 +168,13 @@ def sentence(one: Comparison, p: float) -> str:
     )
     lone = [c.name for c in (one.cell, one.reference) if len(c.runs) == 1 and c.first.method != "baseline"]
     caveat = f" But {' and '.join(lone)} ran with one seed, which says nothing about others." if lone else ""
-    power = f"with {difference.seeds[0]} and {difference.seeds[1]} seeds this set detects {detectable(difference)}; "
+    power = ""
+    if difference.detectable is not None:
+        some, others = difference.seeds
+        power = f"with {some} and {others} seeds this set detects {detectable(difference)}; "
     return (
         f"{name} {said} (difference {value:+z.1f}, 95% interval {low:+z.1f} to {high:+z.1f}; "
-        f"{power * (difference.detectable is not None)}p {p:.3g} after Holm).{caveat}"
+        f"{power}p {p:.3g} after Holm).{caveat}"
     )
 
 

@@ -140,7 +140,8 @@ class Estimate:
         known = [value for value in seconds if value is not None]
         if len(known) < len(seconds):
             unknown = f"unknown for {len(seconds) - len(known)} of {len(seconds)} runs"
-            return f"training time left {unknown}" + (f", {readable(sum(known) / workers)} for the rest" * bool(known))
+            rest = f", {readable(sum(known) / workers)} for the rest" if known else ""
+            return f"training time left {unknown}{rest}"
         return f"about {readable(sum(known) / workers)} of training left"
 
 
@@ -170,7 +171,8 @@ def _run_all(
         (now,) = find_cells([cell.config], root)
         if not now.finished:
             reason = str(error) if error else f"exit code {future.result()}: {_last_line(log)} ({log})"
-            reason += f"; to begin it anew, delete {cell.folder}" * bool(cell.folder)
+            if cell.folder:
+                reason += f"; to begin it anew, delete {cell.folder}"
             failed.append((cell.name, " ".join(reason.split())))
         left = [futures[other][0] for other in futures if not other.done()]
         result = "failed" if not now.finished else _one_line_result(now.folder)

@@ -98,7 +98,15 @@ def ours(job: runs.Job, **flags: object) -> Contestant:
         progress = train.Progress(window_loss=torch.zeros((), device=job.accelerator.device))
         schedule = train.linear_schedule(engine.optimizer, 0.1, record["steps"])
         train.train(
-            engine, schedule, loader, few, job.accelerator, NullLogger(), progress, epochs=1, steps=record["steps"]
+            engine,
+            schedule,
+            loader,
+            few,
+            job.accelerator,
+            NullLogger(),
+            progress,
+            epochs=1,
+            steps_per_epoch=record["steps"],
         )
         return progress.train_seconds
 

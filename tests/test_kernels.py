@@ -130,7 +130,8 @@ def test_fp32_products_are_the_library_s(threads: int):
     torch.set_num_threads(threads)
     try:
         unit = kernels.panel()
-        for n, width, out in [(1, 64, 96), (5, 64, 32), (45, 416, 64), (45, 25 * unit, 5 * unit), (210, 800, 96)]:
+        sizes = [(1, 64, 96), (5, 64, 32), (45, 416, 64), (45, 25 * unit, 5 * unit), (210, 800, 96), (950, 64, 160)]
+        for n, width, out in sizes:
             x, w, dy = torch.randn(n, width + 32)[:, :width], torch.randn(out, width), torch.randn(n, out)
             own = matrix(w)
             assert type(own) is FloatMatrix

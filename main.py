@@ -14,6 +14,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 ends no run
     try:
         dispatch(config)
+        print(end="", flush=True)  # what cannot be written is told here, not by Python's own end
     except BrokenPipeError:  # whoever read the output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
         return 141  # 128 + SIGPIPE

@@ -1,11 +1,13 @@
 """The command line in a process of its own: with a hub, without one, and how soon it answers."""
 
 import json
+import subprocess
+import sys
 import time
 
 import pytest
 import standin_hub
-from conftest import command, read_json, read_lines
+from conftest import ROOT, command, read_json, read_lines
 
 ONLINE = {"HF_HUB_OFFLINE": "0"}
 QUICK = ("--epochs", "1", "--limit", "64")
@@ -107,3 +109,13 @@ def test_a_model_folder_runs_no_code_of_its_own(cli, tiny_model, tmp_path):
     code, _, err = cli("--baseline", "--model", str(folder))
     assert code == 2 and "Traceback" not in err
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("sink", "code", "said"),
+    [("| (exec <&-; sleep 4)", 141, ""), ("> /dev/full", 2, "error: [Errno 28] No space left on device\n")],
+)
+def test_a_reader_who_goes_and_a_full_disk_end_a_listing_quietly(sink, code, said):
+    command = f"{sys.executable} main.py --sweep experiments/quick.toml --dry_run {sink}; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout.strip(), done.stderr) == (str(code), said)

@@ -311,11 +311,13 @@ def _hold_out(rows: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Datase
     labels = np.asarray(rows["label"][:])
     hashes = _hashes(rows, stripped=False)
     share = min(HELD_OUT_SHARE, HELD_OUT_MOST / len(rows))
+    everything, uses = np.unique(hashes, return_counts=True)  # a text may be under several labels
     chosen = []
     for label in np.unique(labels):
         texts, copies = np.unique(hashes[labels == label], return_counts=True)
         wanted = max(1, round(share * copies.sum()))
-        order = np.argsort(copies > max(1, wanted // 10), kind="stable")  # else by the hash
+        often = uses[np.searchsorted(everything, texts)] > max(1, wanted // 10)
+        order = np.argsort(often, kind="stable")  # else by the hash
         before = np.cumsum(copies[order]) - copies[order]
         chosen.append(texts[order[before < wanted][: len(texts) - 1]])
     held_out = np.isin(hashes, np.concatenate(chosen))  # copies under another label, too

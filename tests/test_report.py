@@ -427,7 +427,7 @@ def test_a_report_of_an_unfinished_run_or_of_nothing_says_what_to_do(cli, tmp_pa
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{}")
     _, _, err = cli("--report", str(tmp_path / "run"), dataset=None)
-    assert err.endswith(f"no finished run; go on with it: python main.py --resume {tmp_path / 'run'}\n")
+    assert err.endswith(f"is not a finished run; go on with it: python main.py --resume {tmp_path / 'run'}\n")
     assert f"{tmp_path / 'nope'} does not exist" in cli("--report", str(tmp_path / "nope"), dataset=None)[2]
 
 

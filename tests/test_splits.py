@@ -96,7 +96,7 @@ def test_rare_classes_are_never_held_out_whole(tmp_path):
     rows = [*ROWS, ("one", "rare"), *[("same", "copied")] * 5, ("two", "twice"), ("three", "twice")]
     found = load(shuffled_file(tmp_path / "f.csv", rows, 0))
     assert {found.label_names[label] for label in found.splits["train"]["label"]} == set(found.label_names)
-    assert "rare" in note(found, "test: no row of")
+    assert "rare" in note(found, "test has no row of")
 
 
 def test_sst2_shape_its_labelled_validation_becomes_the_test_set(tmp_path):

@@ -30,14 +30,6 @@ static void pack_rows(i64 rows, i64 deep, const float* __restrict a, i64 column,
     }
 }
 
-// As `strip`, of rows from `pack_rows`.
-template <bool ADD>
-static void packed_strip(i64 m, i64 deep, const float* a, const float* b, float* c, i64 ldc) {
-    i64 i = 0;
-    for (; i + 6 <= m; i += 6) tile<6, 2, ADD>(deep, a + i * deep, 1, 6, b, PANEL, c + i * ldc, ldc);
-    strip<2, ADD>(m - i, deep, a + i * deep, 1, 6, b, PANEL, c + i * ldc, ldc);
-}
-
 // Into what the columns of products here must fit.
 static i64 panel() { return PANEL; }
 
@@ -70,16 +62,12 @@ static void multiply_floats(i64 m, i64 n, i64 k, const float* a, i64 row, i64 co
                     for (i64 i = part * high; i < end; i += HIGH) {
                         const i64 rows = std::min(HIGH, end - i);
                         const float* from = a + i * row + p * column;
-                        if (PACKED) pack_rows(rows, deep, from, column, left.data());
-                        for (i64 j = first; j < last; j += PANEL) {
-                            const float* panel = panels.data() + (j - first) * deep;
-                            if (PACKED)
-                                (p ? packed_strip<true> : packed_strip<false>)(rows, deep, left.data(), panel,
-                                                                               c + i * ldc + j, ldc);
-                            else
-                                (p ? strip<2, true> : strip<2, false>)(rows, deep, from, row, column, panel, PANEL,
-                                                                       c + i * ldc + j, ldc);
-                        }
+                        if (PACKED) pack_rows(rows, deep, from, column, left.data()), from = left.data();
+                        const i64 six = PACKED ? 6 * deep : 6 * row, one = PACKED ? 1 : row, next = PACKED ? 6 : column;
+                        for (i64 j = first; j < last; j += PANEL)
+                            (p ? strip<2, true> : strip<2, false>)(rows, deep, from, six, one, next,
+                                                                   panels.data() + (j - first) * deep, PANEL,
+                                                                   c + i * ldc + j, ldc);
                     }
                 }
             }

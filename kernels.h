@@ -162,21 +162,23 @@ static inline void tile(i64 k, const float* a, i64 row, i64 column, const float*
         for (int y = 0; y < C; y++) *(vec*)(c + x * ldc + y * LANES) = sum[x][y];
 }
 
+// The same of any number of rows, which a has six by six: `six` apart, and `row` within.
 template <int C, bool ADD>
-static void strip(i64 m, i64 k, const float* a, i64 row, i64 column, const float* b, i64 ldb, float* c, i64 ldc) {
+static void strip(i64 m, i64 k, const float* a, i64 six, i64 row, i64 column, const float* b, i64 ldb, float* c,
+                  i64 ldc) {
     i64 i = 0;
-    for (; i + 6 <= m; i += 6) tile<6, C, ADD>(k, a + i * row, row, column, b, ldb, c + i * ldc, ldc);
-    for (; i + 4 <= m; i += 4) tile<4, C, ADD>(k, a + i * row, row, column, b, ldb, c + i * ldc, ldc);
-    for (; i + 2 <= m; i += 2) tile<2, C, ADD>(k, a + i * row, row, column, b, ldb, c + i * ldc, ldc);
-    for (; i < m; i++) tile<1, C, ADD>(k, a + i * row, row, column, b, ldb, c + i * ldc, ldc);
+    for (; i + 6 <= m; i += 6, a += six) tile<6, C, ADD>(k, a, row, column, b, ldb, c + i * ldc, ldc);
+    for (; i + 4 <= m; i += 4, a += 4 * row) tile<4, C, ADD>(k, a, row, column, b, ldb, c + i * ldc, ldc);
+    for (; i + 2 <= m; i += 2, a += 2 * row) tile<2, C, ADD>(k, a, row, column, b, ldb, c + i * ldc, ldc);
+    for (; i < m; i++, a += row) tile<1, C, ADD>(k, a, row, column, b, ldb, c + i * ldc, ldc);
 }
 
 template <bool ADD = false>
 static void product(i64 m, i64 n, i64 k, const float* a, i64 row, i64 column, const float* b, i64 ldb, float* c,
                     i64 ldc) {
     i64 j = 0;
-    for (; j + 2 * LANES <= n; j += 2 * LANES) strip<2, ADD>(m, k, a, row, column, b + j, ldb, c + j, ldc);
-    for (; j < n; j += LANES) strip<1, ADD>(m, k, a, row, column, b + j, ldb, c + j, ldc);
+    for (; j + 2 * LANES <= n; j += 2 * LANES) strip<2, ADD>(m, k, a, 6 * row, row, column, b + j, ldb, c + j, ldc);
+    for (; j < n; j += LANES) strip<1, ADD>(m, k, a, 6 * row, row, column, b + j, ldb, c + j, ldc);
 }
 
 // to [rows, whole(d)] = (from + shift) * scale; from: [rows, d] of T, rows ld apart; shift: [d].

@@ -5,14 +5,16 @@ about cells, each of one whole configuration (fields that are not named have the
 - a difference is supported if it has the claimed sign and p < 0.05 after Holm's correction over every difference of
   this file that the records hold; contradicted if it has the other sign at that level; undecided else, and where a
   cell has one seed;
-- a bound on a cost is supported if every seed keeps it, contradicted if no seed does, undecided else; only runs on
-  one device, with one number of threads and in one precision, are compared (added when the first study shared cores
-  between its runs; the precision when a device was one name for two processors), and runs that shared a machine only
-  where no cell ran alone (added when records began to tell);
+- a bound on a cost is supported if every seed on every machine keeps it, contradicted if none does, undecided else;
+  only runs on one device, with one number of threads and in one precision, are compared (added when the first study
+  shared cores between its runs; the precision when a device was one name for two processors; every machine when two
+  had as many runs), and runs that shared a machine only where no cell ran alone (added when records began to tell);
 - "at similar accuracy" is supported if the whole 95% interval lies within 2 points, contradicted if it lies outside,
   undecided else, and where a cell has one seed.
 A claim is contradicted if one of its statements is, supported if all are, undecided else. One that the records lack
-cells for is undecided, and says so.
+cells for is undecided, and says so. In "loses more" a gain counts as a negative loss. Of several encoders, or several
+test sets of one name, the one with the most runs is judged, and none of fewer than 200 rows (added when a stray run
+could decide which).
 """
 
 from collections.abc import Callable
@@ -187,9 +189,9 @@ class Finding:
 def judge(groups: list[list[Cell]], scores: dict[tuple, dict[str, stats.Scores]]) -> dict[int, list[Finding]]:
     """The findings of each claim, by its number. groups: cells by data set; scores: by `Run.key`, then metric.
 
-    Of several groups of one data set the first counts.
+    Of several groups of one data set the one with the most runs counts.
     """
-    cells = {data_set(group): group for group in reversed(subject(groups))}
+    cells = {data_set(group): group for group in sorted(subject(groups), key=_size)}
     contrasts = [s for claim in CLAIMS for s in claim.statements if isinstance(s, Contrast)]
     measured = {}
     for statement in contrasts:
@@ -210,10 +212,17 @@ def data_set(group: list[Cell]) -> str:
 
 
 def subject(groups: list[list[Cell]]) -> list[list[Cell]]:
-    """The groups that the claims are about: their data sets, with the first such group's encoder. Claims are not pieced
-    together from two."""
-    named = [group for group in groups if data_set(group) in (RT, SST2)]
-    return [group for group in named if group[0].first.model["fingerprint"] == named[0][0].first.model["fingerprint"]]
+    """The groups that the claims are about: their data sets, with the encoder that has the most runs there. Claims are
+    not pieced together from two."""
+    encoders: dict[str, list[list[Cell]]] = {}
+    for group in groups:
+        if data_set(group) in (RT, SST2) and not group[0].few_rows:
+            encoders.setdefault(group[0].first.model["fingerprint"], []).append(group)
+    return max(encoders.values(), key=lambda some: sum(map(_size, some)), default=[])
+
+
+def _size(group: list[Cell]) -> int:
+    return sum(len(cell.runs) for cell in group)
 
 
 def verdict(findings: list[Finding]) -> str:
@@ -273,28 +282,31 @@ def _judge_similar(statement: Similar, difference: stats.Difference) -> Finding:
 
 
 def _judge_bound(statement: Bound, mine: Cell, other: Cell | None) -> Finding:
-    if other:
-        devices = [run.machine for cell in (mine, other) for run in (*cell.runs, *cell.repeats)]
-        shared = [
-            device
-            for device in sorted({*devices})
-            if (here := mine.on(device))
-            and (there := other.on(device))
-            and None not in [statement.cost(run.facts) for run in (*here.runs, *there.runs)]
-        ]
-        if not shared:
-            return Finding(statement.text, "undecided", "not run on one device", "0")
-        device = max(timed_alone(shared), key=devices.count)
-        mine, other = mine.on(device), other.on(device)
-    base = float(np.mean([statement.cost(run.facts) for run in other.runs])) if other else 1.0
-    values = [statement.cost(run.facts) / base for run in mine.runs]
-    kept = [statement.low <= value <= statement.high for value in values]
-    said = "supported" if all(kept) else "undecided" if any(kept) else "contradicted"
-    mean, unit = float(np.mean(values)), "of full's" if other else "parameters"
-    shown = f"{mean:.0%}" if other else f"{mean:,.0f}"
-    spread = f" ({min(values):.0%} to {max(values):.0%})" if other and len(values) > 1 else ""
-    seeds = (len(mine.runs), len(other.runs)) if other else (len(mine.runs),)
-    return Finding(statement.text, said, f"{shown} {unit}{spread}", _seeds(seeds))
+    if other is None:
+        values = [statement.cost(run.facts) for run in mine.runs]
+        evidence = f"{float(np.mean(values)):,.0f} parameters"
+        return Finding(statement.text, _kept(statement, values), evidence, str(len(values)))
+    cells, costs = (mine, other), {}
+    for machine in {run.machine for cell in cells for run in (*cell.runs, *cell.repeats)}:
+        there = [[statement.cost(run.facts) for run in some.runs] for cell in cells if (some := cell.on(machine))]
+        if len(there) == 2 and None not in [*there[0], *there[1]]:
+            costs[machine] = there
+    if not costs:
+        return Finding(statement.text, "undecided", "not run on one device", "0")
+    ratios, evidence, seeds = [], [], []
+    for machine in timed_alone(costs):
+        base = float(np.mean(costs[machine][1]))
+        here = [cost / base for cost in costs[machine][0]]
+        spread = f" ({min(here):.0%} to {max(here):.0%})" if len(here) > 1 else ""
+        evidence.append(f"{float(np.mean(here)):.0%} of full's{spread} on {machine}")
+        seeds.append(_seeds(tuple(map(len, costs[machine]))))
+        ratios += here
+    return Finding(statement.text, _kept(statement, ratios), "; ".join(evidence), "; ".join(dict.fromkeys(seeds)))
+
+
+def _kept(statement: Bound, costs: list[float]) -> str:
+    kept = [statement.low <= cost <= statement.high for cost in costs]
+    return "supported" if all(kept) else "undecided" if any(kept) else "contradicted"
 
 
 def in_points(difference: stats.Difference) -> str:

@@ -362,6 +362,8 @@ def of_kind(spec: Field, value: Any) -> bool:
         return isinstance(value, bool)
     kind = options.get("type", str)
     fits = isinstance(value, int | float if kind is float else kind) and not isinstance(value, bool)
+    if fits and kind is float:
+        fits = abs(value) <= sys.float_info.max  # not a whole number that no float can hold
     return fits and value in options.get("choices", (value,))
 
 

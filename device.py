@@ -132,8 +132,8 @@ def device_name(device: torch.device) -> str:
 class PeakMemory:
     """Peak memory of this process from when it was made: bytes allocated on a GPU, else resident in RAM.
 
-    start: bytes with `model` loaded. In RAM gradients and moments take none before the first step; on a GPU they do
-    as soon as there are any, so there it is what the weights take.
+    start: bytes with `model` loaded; None where nothing tells. In RAM gradients and moments take none before the first
+    step; on a GPU they do as soon as there are any, so there it is what the weights take.
     """
 
     def __init__(self, device: torch.device, model: torch.nn.Module) -> None:
@@ -143,7 +143,7 @@ class PeakMemory:
             tensors = (*model.parameters(), *model.buffers())
             self.start = sum(getattr(tensor, "to_local", lambda tensor=tensor: tensor)().nbytes for tensor in tensors)
         else:
-            self.start = self._status("VmRSS") or 0
+            self.start = self._status("VmRSS")  # None without /proc (macOS)
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
 

@@ -19,6 +19,7 @@ POLL_SECONDS = 0.2
 class Pool(Protocol):
     """Where the processes of a sweep run."""
 
+    workers: int  # how many share a machine
     at_once: int  # how many run together
 
     def submit(self, command: list[str], log: Path) -> Future:
@@ -68,7 +69,8 @@ class LocalPool:
     """
 
     def __init__(self, workers: int, lock: int) -> None:
-        self.at_once, self.lock_file, self.stopped = workers, lock, 0
+        self.workers = self.at_once = workers
+        self.lock_file, self.stopped = lock, 0
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         share = {"OMP_NUM_THREADS": str(max(1, cores // workers)), "RUNS_AT_ONCE": str(workers)}
         self.env = share if workers > 1 else {}
@@ -122,7 +124,7 @@ class RayPool:
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
         cpus = max(1, int(min(machine["CPU"] for machine in machines)) // workers)
         gpus = min(machine.get("GPU", 0) for machine in machines) / workers
-        self.at_once, self.ray, self.refs = workers * len(machines), ray, []
+        self.workers, self.at_once, self.ray, self.refs = workers, workers * len(machines), ray, []
         # No retries: a failed run is listed, and tried again by the next call.
         self.remote = ray.remote(num_cpus=cpus, num_gpus=min(1.0, gpus), max_retries=0)(run_command)
         self.env = {

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
 import jinja2
 import matplotlib.pyplot as plt
@@ -52,7 +53,7 @@ def markdown(blocks: list[Block]) -> str:
         elif block.kind == "list":
             parts.append("\n".join(f"- {row[0]}" for row in block.rows))
         elif block.kind == "picture":
-            parts.append(f"![{block.text}]({block.file})")
+            parts.append(f"![{block.text}]({quote(block.file)})")
         else:
             lines = [block.head, ("---",) * len(block.head), *block.rows]
             parts.append("\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines))

@@ -78,7 +78,7 @@ def score_cells(group: list[Cell]) -> dict[tuple, dict[str, stats.Scores]]:
         part = slice(start, start + len(cell.runs))
         start = part.stop
         done[cell.first.key] = {
-            name: stats.Scores(some.observed[part], some.resampled[:, part], cell.first.method != "baseline")
+            name: stats.Scores(some.observed[part], some.resampled[:, part], cell.seeded)
             for name, some in found.items()
         }
     return done
@@ -163,10 +163,10 @@ def sentence(one: Comparison, p: float) -> str:
     value, low, high = (100 * number for number in (difference.value, difference.low, difference.high))
     said = (
         f"is not shown to differ from {one.reference.name} in {one.metric}"
-        if p >= claims.LEVEL or few_rows(one.cell)
+        if p >= claims.LEVEL or one.cell.few_rows
         else f"has {'higher' if value > 0 else 'lower'} {one.metric} than {one.reference.name}"
     )
-    lone = [c.name for c in (one.cell, one.reference) if len(c.runs) == 1 and c.first.method != "baseline"]
+    lone = [c.name for c in (one.cell, one.reference) if len(c.runs) == 1 and c.seeded]
     caveat = f" But {' and '.join(lone)} ran with one seed, which says nothing about others." if lone else ""
     power = ""
     if difference.detectable is not None:
@@ -228,7 +228,7 @@ def group_blocks(
     )
     warnings = list(dict.fromkeys(note for cell in group for run in cell.runs for note in run.data.get("notes", ())))
     warnings = [note for note in warnings if note.startswith("warning: ")]
-    if few_rows(group[0]):
+    if group[0].few_rows:
         warnings.append("warning: too few test rows to tell methods apart: intervals by resampling are too short here")
     return [
         Block("heading", f"{data['name']}, {model['name']}", 2),
@@ -245,12 +245,6 @@ def group_blocks(
 
 
 BAND = "each method at its best rate, mean over seeds, band from the lowest to the highest seed."
-
-
-def few_rows(cell: Cell) -> bool:
-    """Whether nothing is to be said of differences: at 100 rows the intervals of a precision near 1 cover the truth in
-    80% of repetitions, at 12 those of an accuracy near 1 in 45."""
-    return len(cell.first.rows.labels) < 200
 
 
 def quality_table(group: list[Cell], scores: dict[tuple, dict[str, stats.Scores]]) -> Block:
@@ -284,7 +278,7 @@ def comparison_blocks(compared: list[tuple[Comparison, float]], draw: Gallery) -
     figure = plots.forest(
         [f"{one.cell.name}, {one.metric}" for one, _ in compared],
         [tuple(100 * number for number in (d.value, d.low, d.high)) for d in (one.difference for one, _ in compared)],
-        [p < claims.LEVEL and not few_rows(one.cell) for one, p in compared],
+        [p < claims.LEVEL and not one.cell.few_rows for one, p in compared],
         f"points from {compared[0][0].reference.name}",
     )
     caption = "Differences with their 95% intervals; filled where p < 0.05 after Holm's correction."
@@ -336,13 +330,25 @@ def cost_blocks(group: list[Cell], scores: dict[tuple, dict[str, stats.Scores]],
     chosen = max(devices, key=lambda name: len({cell.method for cell in group if cell.on(name)}))
     times = [(cell, here.fact("train_seconds")) for cell in group if (here := cell.on(chosen))]
     parameters = [(cell, cell.fact("trainable_parameters")) for cell in group]
-    where = f" of those that ran on {chosen}" if len(devices) > 1 else ""
+    where = f" of those that ran on {chosen}" if len(times) < len(group) else ""
     return [
         Block("heading", "Cost", 3),
+        *version_blocks(group, devices),
         cost_table(group, devices),
         cost_picture("time", "training time (s, log scale)", times, where, scores, draw),
         cost_picture("parameters", "trained parameters (log scale)", parameters, "", scores, draw),
     ]
+
+
+def version_blocks(group: list[Cell], devices: list[str]) -> list[Block]:
+    """A sentence where runs on one device are of several versions of this program: some were faster than others."""
+    several = []
+    for device in devices:
+        runs = [run for cell in group for run in (*cell.runs, *cell.repeats) if run.machine == device]
+        if len(commits := {run.facts["git_commit"] for run in runs}) > 1:
+            several.append(f"{len(commits)} on {device}")
+    text = f"These runs are of several versions of this program, whose costs may differ: {'; '.join(several)}."
+    return [Block("text", text)] if several else []
 
 
 def cost_table(group: list[Cell], devices: list[str]) -> Block:

@@ -90,7 +90,7 @@ def _finished(folder: Path) -> bool:
 
 def listing(cells: list[SweepRun], outputs: Path, workers: int) -> str:
     """Markdown: each run with its state and the time its training takes, as far as older records tell."""
-    estimate = Estimate(outputs)
+    estimate = Estimate(outputs, workers)
     lines = ["| run | state | training time |", "|---|---|---|"]
     for cell in cells:
         seconds = estimate(cell.config)
@@ -104,10 +104,10 @@ def listing(cells: list[SweepRun], outputs: Path, workers: int) -> str:
 class Estimate:
     """How long a run trains: its rows by the rate of the newest finished run of the same kind, start and scoring aside.
 
-    The rates are those of whatever machine made the records.
+    The rates are those of whatever machine made the records, shared by `workers` runs at once.
     """
 
-    def __init__(self, outputs: Path) -> None:
+    def __init__(self, outputs: Path, workers: int) -> None:
         files = [*outputs.glob("*/result.json"), *outputs.glob("*/*/result.json")]
         self.paces: list[tuple[tuple, str, int | None, float]] = []  # kind, data set, its rows if all, samples/s
         for path in sorted(files, key=lambda path: path.stat().st_mtime):
@@ -116,7 +116,9 @@ class Estimate:
                 old, rows = record["config"], record["data"]["rows"]["train"]
                 kind = record["method"], old["model"], old.get("lora_layers")
                 data, whole = old["dataset"] or DEFAULT_DATASET, rows if old["limit"] is None else None
-                self.paces.append((kind, data, whole, record["samples_per_second"]))
+                shared = re.search(r"(\d+) runs at once", record["device"])
+                rate = record["samples_per_second"] * (int(shared[1]) if shared else 1) / workers
+                self.paces.append((kind, data, whole, rate))
 
     def __call__(self, config: TrainConfig) -> float | None:
         """Seconds, or None if no record tells."""
@@ -132,7 +134,7 @@ class Estimate:
         rate = max(reversed(alike), key=lambda one: one[0])[1]  # the newest, of the same data if there is one
         return rows * (1 if config.mode == "baseline" else config.epochs) / rate
 
-    def left(self, cells: list[SweepRun], workers: int) -> str:
+    def left(self, cells: list[SweepRun], at_once: int) -> str:
         """The training time of what is not finished, in words."""
         seconds = [self(cell.config) for cell in cells if not cell.finished]
         if not seconds:
@@ -140,9 +142,9 @@ class Estimate:
         known = [value for value in seconds if value is not None]
         if len(known) < len(seconds):
             unknown = f"unknown for {len(seconds) - len(known)} of {len(seconds)} runs"
-            rest = f", {readable(sum(known) / workers)} for the rest" if known else ""
+            rest = f", {readable(sum(known) / at_once)} for the rest" if known else ""
             return f"training time left {unknown}{rest}"
-        return f"about {readable(sum(known) / workers)} of training left"
+        return f"about {readable(sum(known) / at_once)} of training left"
 
 
 def readable(seconds: float) -> str:
@@ -176,7 +178,7 @@ def _run_all(
             failed.append((cell.name, " ".join(reason.split())))
         left = [futures[other][0] for other in futures if not other.done()]
         result = "failed" if not now.finished else _one_line_result(now.folder)
-        say(f"[{done}/{len(todo)}] {cell.name}: {result}; {Estimate(outputs).left(left, pool.at_once)}")
+        say(f"[{done}/{len(todo)}] {cell.name}: {result}; {Estimate(outputs, pool.workers).left(left, pool.at_once)}")
     return failed
 
 

@@ -77,6 +77,10 @@ def studies():
         lambda t: t.replace('"format": 1', '"format": 99'),
         lambda t: t.replace('"confidence"', '"c"'),
         lambda t: re.sub(r'"predicted": \[\d,', '"predicted": [', t),  # one prediction less than rows
+        lambda t: re.sub(r'"config": .*', '"config": [],', t),
+        lambda t: re.sub(r'"val": .*', '"val": {},', t),
+        lambda t: t.replace('"peak_memory_bytes"', '"p"'),
+        lambda t: re.sub(r'"val/accuracy":\[[^]]*\]', '"val/accuracy":[]', t),
     ],
 )
 def test_a_damaged_record_is_one_line(cli, tmp_path, studies, damage):
@@ -151,6 +155,29 @@ def test_each_group_has_pictures_of_its_own(studies, tmp_path):
 def test_the_claims_are_judged_by_the_data_they_name(studies):
     other = [with_encoder(run, "e", "ag_news") for run in studies if run.seed == 1]
     assert findings([*other, *studies]) == findings(studies)
+
+
+def test_a_stray_run_does_not_decide_what_the_claims_are_judged_by(studies):
+    """One of another encoder, or of another test set of the same name, whichever sorts first."""
+    run = next(run for run in studies if run.data["name"] == "rotten_tomatoes")
+    for letter in "0z":
+        prints = run.data["fingerprints"] | {"test": letter * 64}
+        for stray in (with_encoder(run, letter), replace(run, data=run.data | {"fingerprints": prints})):
+            assert findings([stray, *studies]) == findings(studies)
+
+
+def test_a_baseline_varies_with_the_rows_that_a_limit_draws(studies):
+    baseline = next(run for run in studies if run.method == "baseline")
+    limited = replace(baseline, config=baseline.config | {"limit": 1000})
+    (group,), _ = group_cells([baseline, limited])
+    assert [cell.seeded for cell in group] == [False, True]
+    assert [scores["accuracy"].seeded for scores in report.score_cells(group).values()] == [False, True]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_picture_is_found_whatever_the_data_set_is_called(studies, tmp_path):
+    text = report.markdown(report.build(group_cells([with_encoder(studies[0], "e", "my (old) reviews")])[0], tmp_path))
+    assert "](my%20%28old%29%20reviews_loss.png)" in text
 
 
 def test_a_repeated_cell_and_seed_counts_once(studies):
@@ -301,6 +328,13 @@ def test_other_training_rows_of_one_name_are_another_cell(studies):
     assert not repeats and sorted(len(cell.runs) for cell in group) == [2, 5]
     assert [cell.name for cell in group] == ["full 2e-5 train aaaaaa", "full 2e-5 train cccccc"]
     assert [cell.method for cell in group] == ["full train aaaaaa", "full train cccccc"]
+    prints = full[0].data["fingerprints"] | {"validation": "c" * 64}
+    later = [replace(run, data=run.data | {"fingerprints": prints}) for run in full[:2]]
+    (group,), _ = group_cells([*full, *later])
+    assert {cell.method.removeprefix("full train aaaaaa ") for cell in group} == {
+        "validation bbbbbb",
+        "validation cccccc",
+    }
 
 
 def test_a_method_is_judged_at_its_best_rate_whatever_else_was_tried(studies):
@@ -406,6 +440,12 @@ def test_the_committed_report_is_that_of_the_committed_records(cli, tmp_path):
     results = readme[readme.index("## Results") : readme.index("## Limits")]
     tables = [line for line in results.splitlines() if line.startswith("|")]
     assert tables and set(tables) <= set(out.splitlines())
+    prose = " ".join(line for line in results.splitlines() if not line.startswith("|"))
+    sentences = [one for one in re.split(r"(?<=\.) ", prose) if "git show" not in one and "--report exp" not in one]
+    told = re.findall(r"([+-][\d.]+) to ([+-][\d.]+)(?:, p \.(\d+) after Holm)?", " ".join(sentences))
+    assert told
+    for low, high, p in told:
+        assert f"| {low} to {high} |" + (f" 0.{p}" if p else "") in out
     assert read_json(next(records.glob("**/*.run.json")))["format"] == 1
 
 
@@ -445,6 +485,7 @@ def test_of_few_test_rows_no_difference_is_called_shown(studies, tmp_path):
         runs.append(replace(run, rows=rows, data=run.data | notes, **told))
     text = report.markdown(report.build(group_cells(runs)[0], tmp_path))
     assert "**Warning: too few test rows" in text and "**Warning: leakage: 3 of 50 test texts" in text
+    assert "## Verdicts" not in text
     assert "12 rows held out" not in text and "is not shown to differ" in text and " than full" not in text
 
 

@@ -109,6 +109,7 @@ BAD = [
     ("seeds = [1]\n[[cell]]\n[[cell]]\nrate = 3", "cell 2: rate: expected one of"),
     ("seeds = [1]\n[[cell]]\nlr = 'high'", "cell 1: lr: expected a number, found 'high'"),
     ("seeds = [1]\n[[cell]]\nlr = [1e-3, true]", "cell 1: lr: expected a number, found True"),
+    ("seeds = [1]\n[[cell]]\nlr = 1" + "0" * 400, "cell 1: lr: expected a number, found 1000"),
     ("seeds = [1]\n[[cell]]\nlr = []", "cell 1: lr: expected a value or a list"),
     ("seeds = [1]\n[[cell]]\nlr = -1.0", "cell 1: --lr: expected a number above 0"),
     ("seeds = [1]\n[[cell]]\nepochs = 1.5", "cell 1: epochs: expected a whole number, found 1.5"),
@@ -176,9 +177,10 @@ def test_a_sweep_runs_skips_resumes_and_tries_again(swept, tmp_path):
 def test_the_estimate_is_rows_by_the_newest_rate_of_the_same_kind(tmp_path):
     from sweep import Estimate, readable
 
-    def record(name, when, method, dataset, rate, **more):
+    def record(name, when, method, dataset, rate, device="a machine", **more):
         config = {"model": None, "dataset": dataset, "limit": None, "lora_layers": None} | more
         content = {"method": method, "config": config, "samples_per_second": rate, "data": {"rows": {"train": 8000}}}
+        content["device"] = device
         (tmp_path / name).mkdir()
         (tmp_path / name / "result.json").write_text(json.dumps(content))
         os.utime(tmp_path / name / "result.json", (when, when))
@@ -189,13 +191,17 @@ def test_the_estimate_is_rows_by_the_newest_rate_of_the_same_kind(tmp_path):
     record("last layer", 4, "lora", None, 900.0, lora_layers=1)
     (tmp_path / "another program").mkdir()
     (tmp_path / "another program" / "result.json").write_text("{}")
-    seconds = Estimate(tmp_path)
+    seconds = Estimate(tmp_path, workers=1)
     assert seconds(TrainConfig(epochs=2)) == 2 * 8000 / 100
     assert seconds(TrainConfig(epochs=2, limit=500)) == 2 * 500 / 100
     assert seconds(TrainConfig(dataset="sst2")) is None  # a rate, but nothing tells the rows
     assert seconds(TrainConfig(dataset="sst2", limit=600)) == 3 * 600 / 400
     assert seconds(TrainConfig(peft=True)) is None
     assert seconds(TrainConfig(peft=True, lora_layers=1)) == 3 * 8000 / 900
+    assert Estimate(tmp_path, workers=4)(TrainConfig(epochs=2)) == 2 * 8000 / 25  # four share what one had to itself
+    record("four at once", 5, "full", None, 30.0, device="a GPU (4 runs at once)")
+    assert Estimate(tmp_path, workers=4)(TrainConfig(epochs=2)) == pytest.approx(2 * 8000 / 30)
+    assert Estimate(tmp_path, workers=1)(TrainConfig(epochs=2)) == pytest.approx(2 * 8000 / 120)
     assert [readable(s) for s in (4, 89, 600, 11100)] == ["4 s", "89 s", "10 min", "3 h 05 min"]
 
 

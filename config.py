@@ -58,8 +58,11 @@ def first_line(error: Exception) -> str:
 
 
 def say(line: str) -> None:
-    """One line for the user, on stderr, at once."""
-    print(line, file=sys.stderr, flush=True)
+    """One line for the user, on stderr, at once. Where nobody reads them any more, a run goes on without."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 class Interrupted(KeyboardInterrupt):
@@ -206,10 +209,12 @@ class TrainConfig:
         self._require("seed", lambda value: value < 2**32, "a whole number below 2**32")
         self._require("device", re.compile(r"auto|cpu|mps|cuda(:\d+)?").fullmatch, "auto, cpu, cuda, cuda:N or mps")
         paths = "dataset dataset_dir model input output output_dir plots_dir export"
-        self._require(f"{paths} text_column label_column push_to_hub project", str.strip, "a name or a path")
-        for name in paths.split():  # no shell expands the ~ of --output_dir=~/runs, nor that of a sweep's file
-            if (value := getattr(self, name)) and value.startswith("~"):
-                object.__setattr__(self, name, os.path.expanduser(value))  # noqa: PTH111 - never raises
+        self._require(
+            f"{paths} resume text_column label_column push_to_hub project", _is_name, "a name or a path, in UTF-8"
+        )
+        for name in paths.split():
+            object.__setattr__(self, name, _at_home(getattr(self, name)))
+        object.__setattr__(self, "runs", tuple(map(_at_home, self.runs)))
         if blank := [run for run in self.runs if not run.strip()]:
             raise UserError(f"--{self.mode}: expected a name or a path, got {blank[0]!r}")
         if self.lr * self.weight_decay >= 1:
@@ -236,6 +241,16 @@ class TrainConfig:
             if owner:
                 say(f"note: --{name} does nothing here; it goes with {owner}")
         return self
+
+
+def _is_name(value: str) -> bool:
+    """Not blank, and no bytes that are no UTF-8: records are."""
+    return bool(value.strip()) and value.encode(errors="replace").decode() == value
+
+
+def _at_home(path: str | None) -> str | None:
+    """No shell expands the ~ of --output_dir=~/runs, nor that of a sweep's file."""
+    return os.path.expanduser(path) if path and path.startswith("~") else path  # noqa: PTH111 - never raises
 
 
 def unread(name: str, mode: str, peft: bool) -> str:
@@ -331,6 +346,7 @@ def parse_args(argv: list[str] | None = None) -> TrainConfig:
 
 def _config_of(run: str, given: dict[str, Any]) -> TrainConfig:
     """The config that `run` began with. What is given beside --resume must agree with it."""
+    run = _at_home(run)
     try:
         stored = json.loads(Path(run, "config.json").read_text(encoding="utf-8"))["config"]
         defaults = {spec.name: spec.default for spec in fields(TrainConfig)}  # of flags that are newer than the run
@@ -344,13 +360,15 @@ def _config_of(run: str, given: dict[str, Any]) -> TrainConfig:
         raise UserError(f"--resume: {what} {run!r} ({error})") from error
     if strange or stored["mode"] not in MODES:
         raise UserError(f"--resume: {run}/config.json holds a wrong value under {(strange or ['mode'])[0]}")
+    given = {key: _at_home(value) if isinstance(value, str) else value for key, value in given.items()}
     differ = [f"{key} was {stored[key]!r}, given {value!r}" for key, value in given.items() if stored[key] != value]
     if differ:
         raise UserError(f"--resume {run}: that run had another config: {'; '.join(differ)}")
     try:
-        return TrainConfig(**stored).refuse_unread(["resume"])
+        config = TrainConfig(**stored)
     except UserError as error:
         raise UserError(f"--resume: {run}/config.json holds a wrong value: {error}") from error
+    return config.refuse_unread(["resume"])
 
 
 def of_kind(spec: Field, value: Any) -> bool:
@@ -369,7 +387,7 @@ def of_kind(spec: Field, value: Any) -> bool:
 
 def _with_underscores(word: str) -> str:
     """--batch-size=8 -> --batch_size=8 and --no_comet -> --no-comet, as argparse spells it; values stay as they are."""
-    if not word.startswith("--"):
+    if not re.match(r"--[A-Za-z][\w-]*(=|\Z)", word):  # a text to label may begin with --, too
         return word
     name, equals, value = word[2:].partition("=")
     name = name.replace("-", "_")

@@ -50,7 +50,7 @@ class TextData:
     splits: dict[str, datasets.Dataset]  # train, validation, test
     label_names: tuple[str, ...]
     notes: tuple[str, ...]  # what was dropped or held out, in words
-
+    text_column: str  # of the training rows, before it was renamed
     fingerprints: dict[str, str]  # SHA-256 of each split's texts and labels in order
 
     @property
@@ -136,7 +136,8 @@ def load_data(
     notes: list[str] = []
     if "train" not in raw:
         raise UserError(f"{source}: expected a training split called train, found {brief(list(raw))}")
-    splits = {split: raw[split] for split in ("train", "validation", "test") if split in raw}
+    text_column = raw["train"].column_names[0]
+    splits = {split: _named(raw[split]) for split in ("train", "validation", "test") if split in raw}
     splits, label_names = number_classes(splits, source, known.label_names if known else (), notes)
     splits = _three_splits(splits, source, notes)
     notes += missing_classes(splits, label_names) + _overlaps(splits)
@@ -149,7 +150,7 @@ def load_data(
         if lost := [name for number, name in enumerate(label_names) if number not in drawn]:
             notes.append(f"warning: --limit {limit} left no training row of the classes {brief(lost)}")
     fingerprints = {split: _fingerprint(rows) for split, rows in splits.items()}
-    return TextData(name, source, kind, splits, label_names, tuple(notes), fingerprints)
+    return TextData(name, source, kind, splits, label_names, tuple(notes), text_column, fingerprints)
 
 
 def _fingerprint(rows: datasets.Dataset) -> str:
@@ -163,7 +164,8 @@ def _fingerprint(rows: datasets.Dataset) -> str:
 def _read(
     dataset: str | None, dataset_dir: str | None, columns: Columns, from_package: bool
 ) -> tuple[str, str, str, dict[str, datasets.Dataset]]:
-    """(name, kind, source, splits of text and label): the user's files, else the hub, else the packaged default."""
+    """(name, kind, source, splits of a text and a label column): the user's files, else the hub, else the packaged
+    default."""
     name = dataset or DEFAULT_DATASET
     if dataset_dir and not os.path.isdir(dataset_dir):  # noqa: PTH112 - never raises
         raise UserError(f"--dataset_dir: expected a folder, found none at {dataset_dir}")
@@ -191,7 +193,7 @@ def _read(
         if SPLIT_NAMES[split] in splits:
             raise UserError(f"{source}: expected one {SPLIT_NAMES[split]} split, found {brief(list(raw))}")
         chosen = choose_columns(raw[split].column_names, f"{source} ({split})", columns)
-        splits[SPLIT_NAMES[split]] = _named(raw[split].select_columns(list(chosen)))
+        splits[SPLIT_NAMES[split]] = raw[split].select_columns(list(chosen))
     return name, "hub", source, splits
 
 
@@ -223,7 +225,7 @@ def _read_files(path: Path, columns: Columns) -> dict[str, datasets.Dataset]:
             table = pa.concat_tables(tables, promote_options="permissive")
         except pa.ArrowException as error:
             raise UserError(f"{path} ({split}): expected files with the same columns: {brief(str(error))}") from error
-        splits[split] = _named(datasets.Dataset(table, fingerprint="unused"))  # its own would hash every text
+        splits[split] = datasets.Dataset(table, fingerprint="unused")  # its own would hash every text
     return splits
 
 

@@ -10,6 +10,7 @@ from config import Interrupted, TrainConfig, UserError, parse_args
 def main(argv: list[str] | None = None) -> int:
     """Run the mode asked for. Returns the exit code: 0, 2 for what the user can put right, 130 for Ctrl-C."""
     config = parse_args(argv)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115, PTH123 - closed, as by 2>&-
     if sys.stdout is not None:
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 ends no run
     try:
@@ -78,6 +79,7 @@ def prepare_imports(config: TrainConfig) -> None:
 
     if config.mode in ("predict", "merge") and not config.push_to_hub:
         os.environ["HF_HUB_OFFLINE"] = "1"  # a run's model is a folder
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # else transformers asks a bot to convert other people's models
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: large pages; a training step took 79 ms, not 86
     hub.go_offline_if_unreachable()
@@ -94,7 +96,8 @@ def run_model(config: TrainConfig) -> None:
         return
     import models
 
-    source = models.find_model(config.model)  # before the slower imports, so that a wrong name is told soon
+    # Before the slower imports, so that a wrong name is told soon; of a resumed run its record says which it was.
+    source = None if config.resume else models.find_model(config.model)
     if config.mode == "baseline":
         from baseline import run_baseline
 

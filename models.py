@@ -131,9 +131,10 @@ def load_classifier(source: ModelSource, label_names: tuple[str, ...]) -> nn.Mod
     The head is drawn from torch's generator, but where the checkpoint has one for the same classes: then training goes
     on from it. One for other classes gets a new last layer. UserError where the checkpoint cannot be read.
     """
-    if (Path(source.location) / "adapter_config.json").exists():  # transformers would put it on, and freeze the rest
-        plain = "python main.py --merge RUN writes plain weights to RUN/merged"
-        raise UserError(f"--model {source.name}: it is a LoRA run's adapter; {plain}")
+    plain = "python main.py --merge RUN writes plain weights to RUN/merged"
+    adapter = UserError(f"--model {source.name}: it is a LoRA run's adapter; {plain}")
+    if (Path(source.location) / "adapter_config.json").exists():
+        raise adapter
     names = dict(enumerate(label_names))
     try:
         model, found = AutoModelForSequenceClassification.from_pretrained(
@@ -152,7 +153,11 @@ def load_classifier(source: ModelSource, label_names: tuple[str, ...]) -> nn.Mod
         reason = first_line(error)
         if isinstance(error, SafetensorError):  # it names no file
             reason = f"its model.safetensors is damaged: {reason}"
+        elif "use_safetensors" in reason:
+            reason = "expected model.safetensors among its files; a .bin, which can hold code, is not read"
         raise UserError(f"--model {source.name}: {reason}") from error
+    if hasattr(model, "peft_config"):  # of the hub: transformers has put it on and frozen the rest
+        raise adapter
     _check_encoder(model, source, found)
     _refresh_head(model, source, label_names, found)
     return model

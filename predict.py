@@ -154,7 +154,8 @@ def predict(config: TrainConfig) -> None:
     if sys.stdout is None and config.output is None:  # closed, as by >&-
         raise UserError("--predict: expected standard output or --output FILE to write to")
     saved = open_saved(config.runs[0], "predict")
-    source = open_input(config.texts, config.input, config.text_column, saved.record["config"].get("text_column"))
+    trained_on = saved.record["config"].get("text_column") or saved.record["data"].get("text_column")
+    source = open_input(config.texts, config.input, config.text_column, trained_on)
     sink = open_output(config.output, source, saved.label_names)
     predictor = Predictor(saved, config.device, config.precision)
     # A bar between the answers on a terminal would be in the way.

@@ -5,6 +5,8 @@ import sys
 
 from tqdm.auto import tqdm
 
+from config import say
+
 EVERY_S = 15.0
 
 
@@ -13,7 +15,7 @@ class _Lines:
 
     def write(self, text: str) -> None:
         if text := text.strip():
-            print(text, file=sys.stderr, flush=True)
+            say(text)
 
     def flush(self) -> None:
         pass

@@ -41,10 +41,10 @@ def read_file(file: Path, wanted: Columns = USUAL) -> pa.Table:
     if file.suffix.lower() == ".parquet":
         return _read_parquet(file, wanted)
     pairs = _json_pairs(file, wanted) if file.suffix.lower().startswith(".json") else _csv_pairs(file, wanted)
-    chunks = []
+    names, chunks = next(pairs, ()), []
     while some := list(islice(pairs, CHUNK)):
         columns = (pa.array(column, pa.string()) for column in zip(*some))
-        chunks.append(pa.record_batch(dict(zip(("text", "label"), columns))))
+        chunks.append(pa.record_batch(dict(zip(names, columns))))
     if not chunks:
         raise UserError(f"{file}: expected rows below the header, found none")
     return pa.Table.from_batches(chunks)
@@ -171,11 +171,12 @@ def _parse_json(content: str, where: str) -> Any:
 
 
 def _csv_pairs(file: Path, wanted: Columns) -> Iterator[tuple[str, str]]:
-    """(text, label) of each row behind the header."""
+    """The names of the two columns, then (text, label) of each row behind the header."""
     rows = csv_rows(file)
     for line, header in rows:
         chosen = choose_columns(header, f"{file}, line {line} (taken as the header)", wanted)
         text, label = map(header.index, chosen)
+        yield chosen
         for at, cells in rows:
             if cells == header:
                 raise UserError(f"{file}, line {at}: expected one header, found it again: two files in one?")
@@ -184,7 +185,7 @@ def _csv_pairs(file: Path, wanted: Columns) -> Iterator[tuple[str, str]]:
 
 
 def _json_pairs(file: Path, wanted: Columns) -> Iterator[tuple[str | None, str | None]]:
-    """(text, label) of each object. The columns are chosen as soon as both have been seen."""
+    """The names of the two columns, chosen as soon as both have been seen, then (text, label) of each object."""
     rows = ((line, row) for line, row in json_rows(file) if row)
     seen: dict[str, None] = {}
     first: list[tuple[int, dict[str, Any]]] = []
@@ -198,6 +199,7 @@ def _json_pairs(file: Path, wanted: Columns) -> Iterator[tuple[str | None, str |
     if not first:
         return
     text_column, label_column = chosen or choose_columns(list(seen), str(file), wanted)
+    yield text_column, label_column
     for number, row in chain(first, rows):
         text, label = row.get(text_column), row.get(label_column)
         if not isinstance(text, str | None) or unpaired(text):

@@ -60,11 +60,15 @@ class Job:
         return f"{arithmetic(self.accelerator.device, self.precision)}|{code_hash()}|{text}"
 
 
-def prepare(config: TrainConfig, source: models.ModelSource) -> Job:
-    """Load everything the run needs. Nothing is written but caches, and nothing is said but what is wrong."""
-    _check_writable(config.output_dir)
-    if _began_packaged(config, "model"):
-        source = models.packaged_model()
+def prepare(config: TrainConfig, source: models.ModelSource | None) -> Job:
+    """Load everything the run needs. Nothing is written but caches, and nothing is said but what is wrong.
+
+    source: None for a resumed run, which goes on with what it began on.
+    """
+    _check_writable("--resume" if config.resume else "--output_dir", config.resume or config.output_dir)
+    if source is None:
+        packaged_one = _began_packaged(config, "model")
+        source = models.packaged_model() if packaged_one else models.find_model(config.model)
     tokenizer, max_length = models.load_tokenizer(source, config.max_length)
     sharded = take_fsdp()
     accelerator, precision = open_device(config.device, config.precision)
@@ -102,13 +106,13 @@ def announce(job: Job, record: dict[str, Any]) -> None:
         say(f"trains {trained:,} of {total:,} parameters ({trained / total:.1%})")
 
 
-def _check_writable(output_dir: str) -> None:
+def _check_writable(flag: str, folder: str) -> None:
     """UserError for a folder that cannot be made or written: now, not after minutes of reading."""
-    wanted = Path(output_dir).absolute()
+    wanted = Path(folder).absolute()
     there = next(path for path in (wanted, *wanted.parents) if os.path.exists(path))  # noqa: PTH110 - never raises
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         fault = "is not a folder" if not there.is_dir() else "cannot be written"
-        raise UserError(f"--output_dir {output_dir}: expected a folder that can be written, but {there} {fault}")
+        raise UserError(f"{flag} {folder}: expected a folder that can be written, but {there} {fault}")
 
 
 @contextlib.contextmanager
@@ -182,11 +186,13 @@ def find_resumable(config: TrainConfig) -> TrainConfig | None:
     `--resume` alone means the newest unfinished run in output_dir of the same config. UserError if there is none.
     """
     if config.resume == NEWEST:
-        wanted = _comparable(asdict(config))
+        wanted, defaults = _comparable(asdict(config)), asdict(TrainConfig())  # of flags that are newer than a run
         found = [
             path.parent
             for path in Path(config.output_dir).glob("*/config.json")
-            if not (path.parent / "result.json").exists() and _comparable(_stored_config(path)) == wanted
+            if not (path.parent / "result.json").exists()
+            and (stored := _stored_config(path))
+            and _comparable({**defaults, **stored}) == wanted
         ]
         if not found:
             raise UserError(f"--resume: no unfinished run of this config in {config.output_dir}")
@@ -224,10 +230,20 @@ def check_same(record: dict[str, Any], run_dir: Path) -> None:
             raise UserError(f"--resume {run_dir}: its {found}")
 
 
+def began_with(record: dict[str, Any], run_dir: Path) -> list[str]:
+    """The code and the libraries that a resumed run began with, where they are others now: `torch 2.12.0`."""
+    stored = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+    was, now = (
+        {**one.get("versions", {}), "Python": one.get("python"), "this program at commit": one.get("git_commit")}
+        for one in (stored, record)
+    )
+    return [f"{name} {was[name]}" for name in was if was[name] and was[name] != now.get(name)]
+
+
 def _without_origin(value: Any) -> Any:
     """A record of a model or of data without where it came from: names and fingerprints decide whether it is the same,
     and a repository on the hub has another revision after every change of its card."""
-    aside = ("source", "license", "notes")
+    aside = ("source", "license", "notes", "text_column")
     return {k: v for k, v in value.items() if k not in aside} if isinstance(value, dict) else value
 
 
@@ -295,6 +311,7 @@ def describe(job: Job) -> dict[str, Any]:
             "kind": data.kind,
             "source": data.source,
             "labels": list(data.label_names),
+            "text_column": data.text_column,
             "rows": {name: len(rows) for name, rows in data.splits.items()},
             "fingerprints": data.fingerprints,
             "notes": list(data.notes),
@@ -358,6 +375,7 @@ def share_again(config: TrainConfig) -> Path:
     if int(os.environ.get("RANK", "0")):  # of several processes one is enough
         return run_dir
     print(f"{run_dir} is finished already")
+    shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)  # it may have been stopped before they were deleted
     if config.push_to_hub:
         hub.upload(run_dir / "model", config.push_to_hub)
     return run_dir

@@ -7,13 +7,12 @@ Ctrl-C or not.
 import csv
 import io
 import json
-import math
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -26,6 +25,7 @@ from readers import brief, choose_column, csv_rows, is_text, json_rows, open_fil
 
 WINDOW_ROWS = 4096
 WINDOW_CHARACTERS = 2**23  # for texts of a megabyte each
+FIRST_ROWS = 100  # of JSON: a column is looked for in all of them
 LABEL, PROBABILITIES = "predicted_label", "probabilities"
 Choose = Callable[[list[str], str], str]  # the columns of a file and its name -> that of the texts
 INPUTS = (".txt", ".csv", ".tsv", ".jsonl", ".json", ".parquet")
@@ -123,12 +123,20 @@ def _csv(file: Path, choose: Choose) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def _json(file: Path, choose: Choose, text_column: str | None) -> Iterator[tuple[dict[str, Any], str]]:
-    column, names, seen = text_column, [], text_column is None
-    for line, row in json_rows(file):
+    rows = json_rows(file)
+    first = list(islice(rows, FIRST_ROWS))
+    column, names, seen = (
+        text_column,
+        list(dict.fromkeys(name for _, row in first for name in row)),
+        text_column is None,
+    )
+    if column is None and names:
+        column = choose(names, str(file))
+    for line, row in chain(first, rows):
         where = f"{file}, line {line}"
         if row and column is None:
             column = choose(list(row), where)
-        names, seen = list(row) or names, seen or column in row
+        seen = seen or column in row
         if not seen and line == WINDOW_ROWS:
             break
         _check_free(row, where)
@@ -176,15 +184,6 @@ def _check_free(names: Any, where: str) -> None:
         raise UserError(f"{where}: expected no column of the name {taken[0]!r}, which --predict adds")
 
 
-def _finite(value: Any) -> Any:
-    """`value` with None in the place of every NaN and infinity."""
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 class Output:
     """Where answers go: JSON lines, or the input's own columns with more of them."""
 
@@ -223,7 +222,8 @@ class Output:
             try:
                 line = json.dumps(whole, ensure_ascii=False, default=str, allow_nan=False)
             except ValueError:  # JSON has no NaN
-                line = json.dumps(_finite(whole), ensure_ascii=False, default=str, allow_nan=False)
+                finite = json.loads(json.dumps(whole, default=str), parse_constant=lambda _: None)
+                line = json.dumps(finite, ensure_ascii=False)
             lines.append(line + "\n")
         return "".join(lines)
 
@@ -234,7 +234,8 @@ class Output:
         header = next((list(row) for row in rows if row), None)
         if header and not self.headed:
             self.headed = True
-            writer.writerow([*header, LABEL, *(f"probability_{name}" for name in self.label_names)])
+            names = [*header, LABEL, *(f"probability_{name}" for name in self.label_names)]
+            (careful if "\r" in "".join(names) else writer).writerow(names)
         for row, label, shares in zip(rows, labels, probabilities.tolist(), strict=True):
             added = [""] * (1 + len(shares)) if label is None else [label, *shares]
             returns = any("\r" in str(value) for value in row.values())  # which csv quotes of itself from 3.13 on

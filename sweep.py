@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from config import DEFAULT_DATASET, Interrupted, TrainConfig, UserError, say
-from grid import FLAGS, OF_THE_SWEEP, cell_names, command_words, identity, read_grid
+from grid import FLAGS, NOT_COMPUTED, OF_THE_SWEEP, cell_names, command_words, identity, read_grid
 from pools import ForwardSignals, LocalPool, Pool, RayPool
 
 ROOT = Path(__file__).resolve().parent
@@ -51,6 +51,9 @@ def sweep(config: TrainConfig) -> None:
         return
     todo = [cell for cell in cells if not cell.finished]
     say(f"{len(cells)} runs, {len(cells) - len(todo)} of them done already; folders in {root}, output in {root}/logs")
+    begun = sum(cell.folder is not None for cell in todo)
+    if begun and (aside := [f"--{name}" for name in given if name in NOT_COMPUTED]):
+        say(f"note: {begun} runs that were begun go on as they were, without {' '.join(aside)}")
     (root / "logs").mkdir(parents=True, exist_ok=True)
     with _only_one(root) as lock:
         pool = RayPool(config.ray, config.workers) if config.ray else LocalPool(config.workers, lock)

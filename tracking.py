@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
 
-from config import TrainConfig, UserError
+from config import TrainConfig, UserError, say
 
 FINISH_SECONDS = 15.0  # for W&B's last uploads, within CLOSE_SECONDS
 CLOSE_SECONDS = 28.0  # that `close` waits, for all trackers together, before it kills them
@@ -300,10 +300,10 @@ def _readable(value: float) -> str:
 
 def _say(text: str) -> None:
     """One line on stderr, above a progress bar if there is one."""
-    if "tqdm" in sys.modules:
+    if "tqdm" in sys.modules and sys.stderr.isatty():
         sys.modules["tqdm"].tqdm.write(text, file=sys.stderr)
     else:
-        print(text, file=sys.stderr, flush=True)
+        say(text)
 
 
 def _drop_torn_line(path: Path) -> None:

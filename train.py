@@ -77,7 +77,7 @@ class Progress:
         return values
 
 
-def finetune(config: TrainConfig, source: models.ModelSource) -> Path:
+def finetune(config: TrainConfig, source: models.ModelSource | None) -> Path:
     """Train, keep the best epoch by validation accuracy, then loss; score test once. Returns the run folder."""
     if config.resume:
         asked, config = config, runs.find_resumable(config)
@@ -126,6 +126,10 @@ def starting_point(job: runs.Job, record: dict[str, Any], engine: Engine, schedu
     if job.config.resume:
         run_dir = Path(job.config.resume)
         runs.check_same(record, run_dir)
+        if changed := runs.began_with(record, run_dir):
+            record["began_with"] = changed
+            said = f"note: this run began with {', '.join(changed)}: not bit for bit what either version would give"
+            job.accelerator.print(said, file=sys.stderr)
         if state := newest_whole(run_dir / "checkpoints"):
             metrics_bytes = restore(state, engine, schedule, progress, job.accelerator)
     note_device(progress, record, job.accelerator)

@@ -1,6 +1,8 @@
 """The command line in a process of its own: with a hub, without one, and how soon it answers."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -56,6 +58,43 @@ def test_what_the_hub_does_not_have_is_one_line(hub, tmp_path, tiny_model, tiny_
     assert done.returncode == 2 and not (tmp_path / "runs").exists()
     line = done.stderr.strip().splitlines()[-1]
     assert line.startswith("error: ") and named in line and "Traceback" not in done.stderr
+
+
+def test_adapters_and_pickles_of_the_hub_are_refused_and_nobody_is_asked_to_convert_them(
+    hub, tmp_path, tiny_model, cli
+):
+    import torch
+    from safetensors.torch import load_file
+
+    assert cli("--finetune", "--peft", *QUICK)[0] == 0
+    (run,) = cli.runs.iterdir()
+    shutil.copytree(run / "model", tmp_path / "hub" / "models" / "me" / "lora")
+    shutil.copytree(tiny_model, pickled := tmp_path / "hub" / "models" / "me" / "bin")
+    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    env = {**ONLINE, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+    for name, says in (("me/lora", "it is a LoRA run's adapter"), ("me/bin", "expected model.safetensors")):
+        words = ("--baseline", "--dataset", "rotten_tomatoes", "--model", name, "--output_dir", str(tmp_path / "no"))
+        done = command(*words, **env)
+        assert done.returncode == 2 and not (tmp_path / "no").exists()
+        line = done.stderr.strip().splitlines()[-1]
+        assert line.startswith(f"error: --model {name}: {says}") and "Traceback" not in done.stderr
+    assert not any("discussions" in path or method == "POST" for method, path in hub.requests)
+
+
+@pytest.mark.parametrize("stderr", ["closed", "its reader has gone"])
+def test_a_run_needs_nobody_to_read_its_stderr(tmp_path, tiny_model, tiny_data, stderr):
+    words = [sys.executable, "main.py", "--finetune", *QUICK, "--output_dir", str(tmp_path / "runs")]
+    words += ["--model", str(tiny_model), "--dataset", str(tiny_data / "rotten_tomatoes")]
+    if stderr == "closed":
+        code = subprocess.run(["/bin/sh", "-c", 'exec "$0" "$@" 2>&-', *words], cwd=ROOT, check=False).returncode
+    else:
+        reading, writing = os.pipe()
+        os.close(reading)
+        code = subprocess.run(words, cwd=ROOT, stderr=writing, check=False).returncode
+        os.close(writing)
+    (run,) = (tmp_path / "runs").iterdir()
+    assert code == 0 and (run / "result.json").exists()
 
 
 @pytest.mark.parametrize("fault", ["refuses", "hangs"])

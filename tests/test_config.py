@@ -181,6 +181,19 @@ def test_a_tilde_that_no_shell_expands_is_home(monkeypatch):
     config = parse_args(["--finetune", "--output_dir=~/runs", "--dataset=~/train.csv", "--model", "~"])
     assert (config.output_dir, config.dataset) == ("/home/someone/runs", "/home/someone/train.csv")
     assert config.model == TrainConfig(model="/home/someone").model
+    assert parse_args(["--merge=~/runs/a"]).runs == ("/home/someone/runs/a",)
+
+
+def test_a_text_that_begins_with_dashes_is_left_as_it_is():
+    texts = ("--well-made but slow-paced", "--- a so-so film ---")
+    config = parse_args(["--predict", "run", *texts, "--max-length=9", "--no_comet", "--output-dir", "a-b"])
+    assert config.texts == texts
+    assert (config.max_length, config.comet, config.output_dir) == (9, False, "a-b")
+
+
+def test_a_name_that_is_not_utf8_is_refused_since_records_are():
+    with pytest.raises(UserError, match="--dataset: expected a name or a path, in UTF-8"):
+        TrainConfig(dataset="caf\udce9.csv")
 
 
 def test_a_user_error_is_one_line_whatever_it_quotes():

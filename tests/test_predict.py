@@ -184,6 +184,23 @@ def test_empty_lines_of_a_csv_stay_where_they_are(runs, predict, tmp_path):
     assert [line.split(",")[0] for line in got] == ["text", "", "good", "", "", "bad"]
 
 
+def test_the_column_of_the_training_rows_is_found_again(runs, predict, tmp_path):
+    """Though the file has another that is looked for first, and some rows lack it."""
+    shutil.copytree(runs["full"], run := tmp_path / "run")
+    record = read_json(run / "config.json")
+    assert record["data"]["text_column"] == "text"
+    record["data"]["text_column"] = "review"
+    (run / "config.json").write_text(json.dumps(record))
+    rows = [{"id": 1, "text": "header"}, {"id": 2, "text": "meta", "review": "great moving"}, {"review": "dull"}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "in.csv").write_text("text,review\nheader,\nmeta,great moving\n,dull\n")
+    expected = lines(predict(runs["full"], "great moving", "dull")[1])
+    for name in ("in.jsonl", "in.csv"):
+        code, out, err = predict(run, "--input", str(tmp_path / name))
+        assert code == 0, err
+        assert [row["probabilities"] for row in lines(out)] == [None, *(row["probabilities"] for row in expected)]
+
+
 def test_the_column_can_be_named(runs, predict, tmp_path):
     (tmp_path / "in.csv").write_text("text,words\n1,great moving\n2,dull\n")
     words = ("--input", str(tmp_path / "in.csv"), "--text_column", "words")
@@ -242,12 +259,12 @@ def test_what_the_user_got_wrong_is_one_line(runs, predict, tmp_path, monkeypatc
 
 
 def test_a_text_with_a_carriage_return_stays_one_row(runs, predict, tmp_path):
-    (tmp_path / "in.csv").write_bytes(b'id,text\n1,"good\rfilm"\n2,bad\n')
+    (tmp_path / "in.csv").write_bytes(b'"i\rd",text\n1,"good\rfilm"\n2,bad\n')
     words = ("--input", str(tmp_path / "in.csv"), "--output", str(tmp_path / "out.csv"))
     assert predict(runs["full"], *words)[0] == 0
     with (tmp_path / "out.csv").open(newline="") as file:
         rows = list(csv.reader(file))
-    assert [row[:2] for row in rows] == [["id", "text"], ["1", "good\rfilm"], ["2", "bad"]]
+    assert [row[:2] for row in rows] == [["i\rd", "text"], ["1", "good\rfilm"], ["2", "bad"]]
     assert len({len(row) for row in rows}) == 1
 
 

@@ -103,7 +103,8 @@ def test_killed_before_the_first_checkpoint_it_starts_anew(cli, monkeypatch):
 
 @pytest.mark.usefixtures("no_curves")
 def test_a_run_that_began_on_the_packaged_default_goes_on_with_it(cli, monkeypatch, tiny_model, tiny_data):
-    """Though the hub answers now, and has another model and other rows under the default's names."""
+    """Though the hub answers now, and has another model and other rows under the default's names: it is not asked."""
+    expected = whole(cli)
     run = run_killed_at(13, cli, monkeypatch, *COMMON, *METHODS["full"])
     record = read_json(run / "config.json")
     source = replace(models.find_model(str(tiny_model)), kind="packaged", source="elsewhere")
@@ -111,13 +112,13 @@ def test_a_run_that_began_on_the_packaged_default_goes_on_with_it(cli, monkeypat
     record["data"]["name"] = packaged.REVIEWS_NAME
     record["config"] |= {"model": None, "dataset": None}
     (run / "config.json").write_text(json.dumps(record))
-    monkeypatch.setattr(models, "find_model", lambda _: replace(source, name="another", location="nowhere"))
+    monkeypatch.setattr(models, "find_model", lambda _: pytest.fail("the hub was asked"))
     monkeypatch.setattr(models, "packaged_model", lambda: source)
     monkeypatch.setattr(packaged, "reviews_folder", lambda: tiny_data / "rotten_tomatoes")
     monkeypatch.setattr("datasets.load_dataset", lambda _: pytest.fail("the hub was asked"))
     code, _, err = cli("--resume", str(run), dataset=None)
     assert code == 0, err
-    assert outcome(run) == whole(cli)
+    assert outcome(run) == expected
 
 
 def test_another_number_of_threads_is_noted_where_a_run_is_resumed(cli, monkeypatch):
@@ -362,9 +363,42 @@ def test_steps_that_are_all_skipped_have_no_loss(cli, monkeypatch):
 def test_a_run_from_before_a_flag_was_there_goes_on(cli, monkeypatch):
     run = run_killed_at(26, cli, monkeypatch, *COMMON, *METHODS["full"])
     record = read_json(run / "config.json")
-    del record["config"]["truncation"]
+    del record["config"]["truncation"], record["data"]["text_column"]
     (run / "config.json").write_text(json.dumps(record))
-    assert cli("--resume", str(run))[0] == 0 and (run / "result.json").exists()
+    assert cli(*COMMON, *METHODS["full"], "--resume")[0] == 0 and (run / "result.json").exists()
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_a_run_that_began_with_other_code_is_noted_and_a_finished_one_keeps_no_checkpoint(cli, monkeypatch):
+    run = run_killed_at(13, cli, monkeypatch, *COMMON, *METHODS["full"])
+    record = read_json(run / "config.json")
+    record["versions"]["torch"] = "1.0"
+    (run / "config.json").write_text(json.dumps(record))
+    shutil.copytree(run / "checkpoints", run.parent / "kept")
+    code, _, err = cli("--resume", str(run), "--output_dir", record["config"]["output_dir"])
+    assert code == 0 and "note: this run began with torch 1.0:" in err
+    assert read_json(run / "result.json")["began_with"] == ["torch 1.0"]
+    (run.parent / "kept").rename(run / "checkpoints")  # as if it had been stopped before they were deleted
+    assert cli("--resume", str(run))[0] == 0 and not (run / "checkpoints").exists()
+
+
+def test_a_baseline_is_not_resumed_and_its_record_not_blamed(cli):
+    assert cli("--baseline")[0] == 0
+    (run,) = cli.runs.iterdir()
+    code, _, err = cli("--resume", str(run), dataset=None)
+    assert code == 2 and err.startswith("error: --resume goes with --finetune")
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_a_run_that_moved_is_resumed_by_its_new_name_under_home(cli, monkeypatch, tmp_path):
+    run = run_killed_at(13, cli, monkeypatch, *COMMON, *METHODS["full"])
+    (tmp_path / "home").mkdir()
+    moved = run.rename(tmp_path / "home" / "run")
+    cli.runs.rmdir()
+    cli.runs.touch()  # nothing can be written where it was once made
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cli("--resume=~/run")[0] == 0
+    assert outcome(moved) == whole(cli)
 
 
 def test_a_checkpoint_from_before_losses_broke_ties_is_read(cli, monkeypatch):

@@ -205,6 +205,20 @@ def test_the_estimate_is_rows_by_the_newest_rate_of_the_same_kind(tmp_path):
     assert [readable(s) for s in (4, 89, 600, 11100)] == ["4 s", "89 s", "10 min", "3 h 05 min"]
 
 
+def test_flags_that_a_run_once_begun_does_not_take_are_noted(grid, tmp_path, monkeypatch, capsys):
+    import sweep
+
+    (first, *_) = read_grid(grid, {})
+    (tmp_path / "runs" / "grid" / "begun").mkdir(parents=True)
+    (tmp_path / "runs" / "grid" / "begun" / "config.json").write_text(json.dumps({"config": asdict(first)}))
+    monkeypatch.setattr(sweep, "_run_all", lambda *_: [])
+    words = ("--sweep", str(grid), "--output_dir", str(tmp_path / "runs"))
+    for more, said in (((), False), (("--wandb", "--save_every", "5"), True)):
+        sweep.sweep(parse_args([*words, *more]))
+        note = "note: 1 runs that were begun go on as they were, without --wandb --save_every"
+        assert (note in capsys.readouterr().err) == said
+
+
 def stop_sweep(words: tuple[str, ...], number: int, going_on) -> tuple[int, str]:
     """(exit code, stderr) of a sweep that gets signal `number` once `going_on()`."""
     child = subprocess.Popen([sys.executable, str(ROOT / "main.py"), *words], stderr=subprocess.PIPE, text=True)

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -69,7 +68,7 @@ def run_baseline(config: TrainConfig, source: models.ModelSource) -> Path:
             models.save_model(job.model.base_model, job.tokenizer, run_dir / "model", models.model_card(record, scores))
             save_file({"weight": weight, "bias": bias}, run_dir / "model" / "linear.safetensors")
             runs.write_outcome(job, run_dir, {**record, **scores}, probabilities["test"])
-    runs.share(job, run_dir)
+    runs.conclude(job, run_dir)
     return run_dir
 
 
@@ -111,7 +110,7 @@ def choose_pooling(tokenizer: Any) -> str:
     """cls where texts begin with such a token; else mean, and says so."""
     if tokenizer.cls_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.cls_token_id:
         return "cls"
-    print("note: texts have no CLS token in front: the baseline takes the mean over the tokens", file=sys.stderr)
+    say("note: texts have no CLS token in front: the baseline takes the mean over the tokens")
     return "mean"
 
 
@@ -144,7 +143,7 @@ def fit(
         # The primal solver draws no random numbers.
         svc = LinearSVC(C=c, dual=False, class_weight=weights).fit(scaled["train"], labels["train"])
         tried.append((svc.score(scaled["validation"], labels["validation"]), -c, svc))
-        print(f"C {c:<7g} validation accuracy {tried[-1][0]:.4f}", file=sys.stderr)
+        say(f"C {c:<7g} validation accuracy {tried[-1][0]:.4f}")
     _, minus_c, best = max(tried, key=lambda one: one[:2])
     return make_pipeline(scaler, best), -minus_c
 

@@ -4,13 +4,13 @@ A checkpoint is one nested dict of tensors and plain values. It is written to a 
 the disk, and renamed; a manifest with the SHA-256 of its files tells a whole one. Nothing is pickled.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shlex
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from config import Interrupted, UserError
+from config import Interrupted, UserError, say
 from device import wait_for_everyone
 from packaged import flush
 
@@ -51,7 +51,8 @@ class GracefulStop:
         if self.number or not self.in_loop:
             raise self.interrupted(number, "at once")
         self.number = number
-        os.write(2, b"stopping after this step; once more to stop at once\n")  # print may be busy just now
+        with contextlib.suppress(OSError):  # Ctrl-C ends `tee`, too
+            os.write(2, b"stopping after this step; once more to stop at once\n")  # print may be busy just now
 
     def open_loop(self) -> None:
         self.in_loop = True
@@ -159,7 +160,7 @@ def newest_whole(root: Path) -> dict[str, Any] | None:
         try:
             return load(folder)
         except DamagedError as error:
-            print(f"warning: damaged checkpoint, using the one before: {error}", file=sys.stderr)
+            say(f"warning: damaged checkpoint, using the one before: {error}")
     if folders:
         raise UserError(f"every checkpoint in {root} is damaged; start a new run")
     return None

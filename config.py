@@ -58,10 +58,10 @@ def first_line(error: Exception) -> str:
 
 
 def say(line: str) -> None:
-    """One line for the user, on stderr, at once. Where nobody reads them any more, a run goes on without."""
+    """One line for the user, on stderr, at once. Where nobody can read them any more, a run goes on without."""
     try:
         print(line, file=sys.stderr, flush=True)
-    except BrokenPipeError:
+    except OSError:  # a pipe whose reader has gone, a terminal that was closed, a log on a full disk
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 

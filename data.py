@@ -139,6 +139,8 @@ def load_data(
     text_column = raw["train"].column_names[0]
     splits = {split: _named(raw[split]) for split in ("train", "validation", "test") if split in raw}
     splits, label_names = number_classes(splits, source, known.label_names if known else (), notes)
+    if known and label_names == known.label_names and kind == "local" and Path(source).is_file():
+        notes.append(f"the classes are taken for those of {name}: {', '.join(label_names)}")
     splits = _three_splits(splits, source, notes)
     notes += missing_classes(splits, label_names) + _overlaps(splits)
     if limit is not None and limit < len(splits["train"]):
@@ -221,12 +223,20 @@ def _read_files(path: Path, columns: Columns) -> dict[str, datasets.Dataset]:
         tables = [read_file(file, columns) for file in some]
         if len(names := {tuple(table.column_names) for table in tables}) > 1:
             raise UserError(f"{path} ({split}): expected files with the same columns, found {brief(sorted(names))}")
+        if len(named := {_label_names(table) for table in tables}) > 1:
+            raise UserError(f"{path} ({split}): expected files with the same class names, found {brief(list(named))}")
         try:
             table = pa.concat_tables(tables, promote_options="permissive")
         except pa.ArrowException as error:
             raise UserError(f"{path} ({split}): expected files with the same columns: {brief(str(error))}") from error
         splits[split] = datasets.Dataset(table, fingerprint="unused")  # its own would hash every text
     return splits
+
+
+def _label_names(table: pa.Table) -> tuple[str, ...] | None:
+    """The class names that a parquet file carries beside the numbers."""
+    feature = datasets.Features.from_arrow_schema(table.schema)[table.column_names[1]]
+    return tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
 
 
 def _split_files(seen: list[Path]) -> dict[str, list[Path]]:
@@ -323,6 +333,8 @@ def _hold_out(rows: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Datase
         before = np.cumsum(copies[order]) - copies[order]
         chosen.append(texts[order[before < wanted][: len(texts) - 1]])
     held_out = np.isin(hashes, np.concatenate(chosen))  # copies under another label, too
+    alike = _hashes(rows)
+    held_out = np.isin(alike, alike[held_out])  # and those that differ in the blanks around them
     return rows.select(np.flatnonzero(~held_out)), rows.select(np.flatnonzero(held_out))
 
 

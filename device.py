@@ -7,11 +7,13 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 import kernels
 from config import UserError
@@ -33,7 +35,11 @@ def open_device(device: str, precision: str) -> tuple[Accelerator, str]:
     for other in ("DEEPSPEED", "MEGATRON_LM"):
         if _is_set(f"ACCELERATE_USE_{other}"):
             raise UserError(f"accelerate launch: {other} is not supported; start it with DDP, FSDP or torchrun")
-    accelerator = Accelerator(cpu=kind == "cpu", mixed_precision="no")  # the loop casts for itself
+    # The others wait while one process fetches, tokenises and fills caches, which may take hours.
+    patient = InitProcessGroupKwargs(timeout=timedelta(days=1))
+    accelerator = Accelerator(
+        cpu=kind == "cpu", mixed_precision="no", kwargs_handlers=[patient]
+    )  # the loop casts itself
     if precision == "auto":
         precision = "bf16" if _native_bf16(kind) else "fp32"
     return accelerator, precision
@@ -95,7 +101,7 @@ def arithmetic(device: torch.device, precision: str) -> str:
     by = ["torch", "alone"] if device.type == "cuda" and not dist.is_initialized() else ["torch"]  # see DeviceLayer
     if device.type == "cpu" and kernels.library():
         by = ["compiled products", *(["amx" if _capable("amx_bf16") else "tiles"] if kernels.tiles() else [])]
-    return "|".join([precision, device.type, torch.__version__, *by])
+    return "|".join([precision, device.type, _processor(device), torch.__version__, *by])
 
 
 @functools.cache
@@ -121,12 +127,16 @@ def device_name(device: torch.device) -> str:
     notes = [f"{torch.get_num_threads()} threads"] if device.type == "cpu" else []
     if (at_once := int(os.environ.get("RUNS_AT_ONCE", "1"))) > 1:
         notes.append(f"{at_once} runs at once")
-    name = device.type
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    elif device.type == "cpu":
-        name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
+    name = _processor(device)
     return f"{name} ({', '.join(notes)})" if notes else name
+
+
+def _processor(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
+    return device.type
 
 
 class PeakMemory:

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from config import say
 from packaged import cache_dir, made_whole
 
 SOURCES = [
@@ -113,7 +114,7 @@ def library() -> dict[tuple[str, torch.dtype], Kernel] | None:
         return None
     words = shlex.split(os.environ.get("CXX") or "g++")
     if (compiler := shutil.which(words[0])) is None:  # 104 samples/s instead of 328 with AMX
-        print(f"note: no C++ compiler ({words[0]}): with one, training is up to three times as fast", file=sys.stderr)
+        say(f"note: no C++ compiler ({words[0]}): with one, training is up to three times as fast")
         return None
     try:
         stat = Path(compiler).resolve().stat()  # `--version` would be a process at every start
@@ -128,7 +129,7 @@ def library() -> dict[tuple[str, torch.dtype], Kernel] | None:
     except (OSError, subprocess.CalledProcessError) as error:
         lines = (getattr(error, "stderr", "") or "").strip().splitlines() or [str(error)]
         reason = next((line for line in lines if "error" in line), lines[0])
-        print(f"the CPU kernels were not compiled ({reason})", file=sys.stderr)
+        say(f"the CPU kernels were not compiled ({reason})")
         return None
     functions = {}
     for dtype, suffix in NAMES.items():

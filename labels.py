@@ -29,7 +29,7 @@ def number_classes(
     texts = {split: _text_column(rows, f"{source} ({split})") for split, rows in splits.items()}
     has_text = {split: _not_blank(column) for split, column in texts.items()}
     columns = {split: rows.data.column("label") for split, rows in splits.items()}
-    classes = {split: _published(found, declared) for split, found in _classes(columns, has_text, source).items()}
+    classes = _published(_classes(columns, has_text, source), declared, source)
     values = sorted(set(classes["train"]) - {None}, key=_place)
     if declared and (strange := [value for value in values if not 0 <= value < len(declared)]):
         raise UserError(f"{source} (train): expected labels from 0 to {len(declared) - 1}, found {strange[0]}")
@@ -61,11 +61,21 @@ def number_classes(
     return kept, names
 
 
-def _published(labels: list[int | str | None], declared: tuple[str, ...] | None) -> list[int | str | None]:
-    """`labels` with None in the place of -1, but where -1 stands beside other numbers that have no names: there it is
-    a class, such as negative beside 0 and 1."""
-    unpublished = declared or set(labels) <= {-1, None}
-    return [None if value == -1 else value for value in labels] if unpublished else labels
+def _published(
+    classes: dict[str, list[int | str | None]], declared: tuple[str, ...] | None, source: str
+) -> dict[str, list[int | str | None]]:
+    """`classes` with None in the place of -1, but where -1 stands beside other numbers that have no names: there it is
+    a class, such as negative beside 0 and 1. One of train's is one in every split."""
+    if declared and any(isinstance(label, str) for some in classes.values() for label in some):
+        raise UserError(f"{source}: expected numbers as labels in every split, since train names its classes")
+    marks = (-1, "-1", None)  # the second where other splits have words
+    unpublished = {split: bool(declared) or set(labels) <= set(marks) for split, labels in classes.items()}
+    if not unpublished["train"] and -1 in classes["train"]:
+        return classes
+    return {
+        split: [None if label in marks else label for label in labels] if unpublished[split] else labels
+        for split, labels in classes.items()
+    }
 
 
 def _place(value: int | str) -> tuple:

@@ -4,7 +4,7 @@ import os
 import re
 import sys
 
-from config import Interrupted, TrainConfig, UserError, parse_args
+from config import Interrupted, TrainConfig, UserError, parse_args, say
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,20 +20,20 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
         return 141  # 128 + SIGPIPE
     except (UserError, OSError) as error:  # OSError: a full disk, a folder that cannot be written
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 2
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
         wanted = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
         said = f" ({wanted[0].lower()})" if wanted else ""
-        print(f"error: out of memory{said}; try a lower --batch_size or --max_length", file=sys.stderr)
+        say(f"error: out of memory{said}; try a lower --batch_size or --max_length")
         return 2
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
+        say(str(stop))
         return stop.exit_code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted")
         return 130
     return 0
 

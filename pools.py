@@ -1,5 +1,6 @@
 """Where the processes of a sweep run: on this machine, or on those of a Ray cluster. Both give futures."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -164,8 +165,9 @@ class ForwardSignals:
         if self.number:
             return
         self.number = number
-        os.write(2, b"stopping the runs after their step\n")  # print may be busy just now
         self.pool.stop(number)
+        with contextlib.suppress(OSError):  # Ctrl-C ends `tee`, too
+            os.write(2, b"stopping the runs after their step\n")  # print may be busy just now
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():

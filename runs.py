@@ -359,14 +359,16 @@ def write_outcome(job: Job, run_dir: Path, result: dict[str, Any], probabilities
         packaged.flush(file)
     result["positive_class"] = models.positive_class(result["data"])
     write_json(run_dir / "result.json", result)
-    print(summary(result))
-    print(f"run folder: {run_dir}")
 
 
-def share(job: Job, run_dir: Path) -> None:
-    """Upload the model, with --push_to_hub. The run is finished by then: a failed upload does not undo it."""
-    if job.config.push_to_hub and job.accelerator.is_main_process:
-        hub.upload(run_dir / "model", job.config.push_to_hub)
+def conclude(job: Job, run_dir: Path) -> None:
+    """Say what came out, and upload the model, with --push_to_hub. The run is finished by then: no closed output and no
+    failed upload undoes it."""
+    if job.accelerator.is_main_process:
+        print(summary(json.loads((run_dir / "result.json").read_text(encoding="utf-8"))))
+        print(f"run folder: {run_dir}")
+        if job.config.push_to_hub:
+            hub.upload(run_dir / "model", job.config.push_to_hub)
 
 
 def share_again(config: TrainConfig) -> Path:

@@ -65,7 +65,7 @@ def open_input(texts: tuple[str, ...], file: str | None, text_column: str | None
         if sys.stdin is None or sys.stdin.closed:
             raise UserError("--predict: expected texts after the run, --input FILE, or lines on standard input")
         if sys.stdin.isatty():
-            print("one text a line; Ctrl-D ends", file=sys.stderr)
+            say("one text a line; Ctrl-D ends")
         rows = 1 if sys.stdin.isatty() else WINDOW_ROWS  # who types a line waits for its answer
         return Source(_windows(_lines(sys.stdin.buffer, "standard input"), rows), "lines", None)
     path = Path(file)

@@ -13,6 +13,7 @@ import queue
 import shlex
 import shutil
 import signal
+import ssl
 import sys
 import tempfile
 import threading
@@ -22,6 +23,8 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from tracking import EXIT_CODES, TITLES, Spec, read_json, rebuild_hint
 
@@ -52,7 +55,7 @@ class _Off(Exception):
 class _Wandb:
     """One W&B run, online if it can be, else in run_dir/wandb."""
 
-    def __init__(self, spec: Spec, run_id: str | None) -> None:
+    def __init__(self, spec: Spec, state: dict[str, Any]) -> None:
         for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
             os.environ.setdefault(name, spec["run_dir"])
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
@@ -62,7 +65,8 @@ class _Wandb:
         if mode == "disabled":
             raise _Off
         options = {
-            "project": os.environ.get("WANDB_PROJECT") or spec["project"],
+            "project": (state.get("entity") and state["project"]) or os.environ.get("WANDB_PROJECT") or spec["project"],
+            "entity": state.get("entity"),  # None: as the user's settings say
             "name": os.environ.get("WANDB_NAME") or spec["run_name"],
             "dir": spec["run_dir"],
             "settings": wandb.Settings(
@@ -83,7 +87,7 @@ class _Wandb:
         why = f"WANDB_MODE={mode}" if mode in ("offline", "dryrun") else _unreachable(wandb.setup().settings.base_url)
         if not why:
             try:
-                self._run = wandb.init(mode="online", id=run_id, resume="allow", **options)
+                self._run = wandb.init(mode="online", id=state.get("id"), resume="allow", **options)
             except Exception as error:
                 why = _first_line(error)
         if why and spec["sync"]:
@@ -91,6 +95,8 @@ class _Wandb:
         if why:
             self._run = wandb.init(mode="offline", **options)
         self.online, self.id, self.url = not why, self._run.id, self._run.url
+        self.place = {"project": self._run.project, "entity": self._run.entity}
+        self._first_step = self._run.starting_step
         self.news = _news(spec, self.url, why, f"wandb sync {shlex.quote(str(Path(self._run.dir).parent))}")
 
     def config(self, config: dict[str, Any]) -> None:
@@ -98,7 +104,8 @@ class _Wandb:
 
     def log(self, row: dict[str, float]) -> None:
         values = {key: value for key, value in row.items() if key not in ("step", "time")}
-        self._run.log({**values, "_timestamp": row["time"]}, step=row["step"])
+        # A run that goes on takes nothing of the step it had come to, and drops it: one step too late is better.
+        self._run.log({**values, "_timestamp": row["time"]}, step=max(row["step"], self._first_step))
 
     def finish(self, status: str) -> None:
         self._run.finish(exit_code=EXIT_CODES[status])  # raises if finish_limit is over
@@ -107,7 +114,7 @@ class _Wandb:
 class _Comet:
     """One Comet experiment, online if it can be, else in a zip in run_dir/comet that is written when it ends."""
 
-    def __init__(self, spec: Spec, key: str | None) -> None:
+    def __init__(self, spec: Spec, state: dict[str, Any]) -> None:
         for name, value in COMET_DEFAULTS.items():
             os.environ.setdefault(f"COMET_{name}", str(value))
         self._folder = Path(spec["run_dir"], "comet")
@@ -129,13 +136,14 @@ class _Comet:
         # the very address that Comet asks first, because it waits 20 seconds for it
         why = why or _unreachable(comet_ml.config.get_backend_address(settings) + "isAlive/ver")
         if not why:
-            why = self._start(comet_ml, spec, online=True, key=key)
+            why = self._start(comet_ml, spec, online=True, key=state.get("id"))
         if why and spec["sync"]:
             raise RuntimeError(why)
         if why:
             self._start(comet_ml, spec, online=False, key=None)
         self.online, self.id = not why, self._experiment.get_key()
         self.url = self._experiment.url if self.online else None
+        self.place = {"project": spec["project"]}
         self.news = _news(spec, self.url, why, f"comet upload {shlex.quote(f'{self._folder / self.id}.zip')}")
         self._zips, self._errors.lines = set(self._folder.glob("*.zip")), []
 
@@ -224,24 +232,27 @@ def _copy(spec: Spec, orders: queue.Queue[dict[str, Any]], say: Callable[[str], 
     run_dir/TRACKER/state.json has the id and url of the online copy and, only once that was finished in order, how
     many lines of metrics.jsonl it holds. An offline copy leaves the state of an online one alone. A resumed run cuts
     lines and writes them again, the same but for their times: what the copy holds of them is not sent twice.
+    A process of the same run that is still uploading, as after a kill, is waited for.
     """
     metrics = Path(spec["run_dir"], "metrics.jsonl")
     state_path = Path(spec["run_dir"], spec["tracker"], "state.json")
     state_path.parent.mkdir(parents=True, exist_ok=True)
+    alone = FileLock(state_path.with_name(".lock"))
+    alone.acquire()
     state = read_json(state_path) if spec["resume"] else {}
     if spec["sync"] and state.get("lines", -1) >= len(_read_rows(metrics, 0)[0]):
-        say(f"nothing to do, {state['url']} is complete")
+        say(f"nothing to do, {state['url']} is complete; to upload it anew, delete {state_path}")
         return
     # Offline, or nobody knows what it holds: make a new one. (W&B itself drops what it has when training goes on.)
     if not state.get("online") or ("lines" not in state and (spec["sync"] or spec["tracker"] == "comet")):
         state = {}
-    tracker = {"wandb": _Wandb, "comet": _Comet}[spec["tracker"]](spec, state.get("id"))
+    tracker = {"wandb": _Wandb, "comet": _Comet}[spec["tracker"]](spec, state)
     say(tracker.news)
     now = {
         "id": tracker.id,
         "url": tracker.url,
         "online": tracker.online,
-        "project": spec["project"],
+        **tracker.place,
         "run_name": spec["run_name"],
     }
     if tracker.online or not state:
@@ -305,7 +316,10 @@ def _unreachable(url: str) -> str | None:
     except urllib.error.HTTPError as error:
         return f"{url} answered {error.code}" if error.code >= 500 else None
     except (OSError, ValueError) as error:
-        return f"{url} cannot be reached: {getattr(error, 'reason', error)}"
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, ssl.SSLCertVerificationError):  # the tracker's library trusts certificates of its own
+            return None
+        return f"{url} cannot be reached: {reason}"
     return None
 
 

@@ -205,7 +205,11 @@ def _sync_each(run_dir: Path, record: dict[str, Any], states: dict[str, Any], on
         tracker.start()
         tracker.send({"config": record})
         tracker.send({"close": "finished" if (run_dir / "result.json").exists() else "failed"})
-        tracker.wait(time.monotonic() + SYNC_SECONDS)
+        try:
+            tracker.wait(time.monotonic() + SYNC_SECONDS)
+        except BaseException:  # Ctrl-C
+            tracker.kill()
+            raise
     return lines
 
 
@@ -248,15 +252,20 @@ class _Tracker:
         try:
             code = self._process.wait(timeout=max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            code = self._process.wait()
-            shutil.rmtree(Path(self._spec["run_dir"], "comet", "tmp"), ignore_errors=True)
+            code = self.kill()
         self._relay.join(timeout=1.0)
         if code not in (0, 1):  # 1: it has said itself what was wrong
             title = TITLES[self._spec["tracker"]]
             self._say(f"warning: {title} did not finish and was given up. {rebuild_hint(self._spec)}")
         with contextlib.suppress(OSError):  # what was left to send
             self._process.stdin.close()
+
+    def kill(self) -> int:
+        """End the process, whatever it is doing. Returns its exit code."""
+        self._process.kill()
+        code = self._process.wait()
+        shutil.rmtree(Path(self._spec["run_dir"], "comet", "tmp"), ignore_errors=True)
+        return code
 
     def _pass_on(self) -> None:
         for line in self._process.stdout:
@@ -301,9 +310,10 @@ def _readable(value: float) -> str:
 def _say(text: str) -> None:
     """One line on stderr, above a progress bar if there is one."""
     if "tqdm" in sys.modules and sys.stderr.isatty():
-        sys.modules["tqdm"].tqdm.write(text, file=sys.stderr)
-    else:
-        say(text)
+        with contextlib.suppress(OSError):  # a terminal that was closed
+            sys.modules["tqdm"].tqdm.write(text, file=sys.stderr)
+            return
+    say(text)
 
 
 def _drop_torn_line(path: Path) -> None:

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 import models
 import runs
 from checkpoint import Checkpoints, GracefulStop, newest_whole
-from config import TrainConfig, UserError
+from config import TrainConfig, UserError, say
 from data import Batch, TokenSplit, epoch_steps
 from device import PeakMemory, main_process_first, wait_for_everyone
 from engine import Engine, FastEngine, make_engine, predict_probabilities
@@ -116,7 +116,7 @@ def finetune(config: TrainConfig, source: models.ModelSource | None) -> Path:
         models.load_trained_state(engine.model, progress.best_weights)
         finish(job, engine, splits, run_dir, logger, record)
         checkpoints.clear()
-    runs.share(job, run_dir)
+    runs.conclude(job, run_dir)
     return run_dir
 
 
@@ -128,8 +128,8 @@ def starting_point(job: runs.Job, record: dict[str, Any], engine: Engine, schedu
         runs.check_same(record, run_dir)
         if changed := runs.began_with(record, run_dir):
             record["began_with"] = changed
-            said = f"note: this run began with {', '.join(changed)}: not bit for bit what either version would give"
-            job.accelerator.print(said, file=sys.stderr)
+            if job.accelerator.is_main_process:
+                say(f"note: this run began with {', '.join(changed)}: not bit for bit what either version gives")
         if state := newest_whole(run_dir / "checkpoints"):
             metrics_bytes = restore(state, engine, schedule, progress, job.accelerator)
     note_device(progress, record, job.accelerator)
@@ -198,9 +198,8 @@ def note_device(progress: Progress, record: dict[str, Any], accelerator: Acceler
     its sums were rounded in another order, and its times describe no single device."""
     progress.devices = tuple(dict.fromkeys((*progress.devices, record["device"])))
     record["device"] = ", then ".join(progress.devices)
-    if len(progress.devices) > 1:
-        said = f"note: this run was on {record['device']}: not bit for bit what one of them would give"
-        accelerator.print(said, file=sys.stderr)
+    if len(progress.devices) > 1 and accelerator.is_main_process:
+        say(f"note: this run was on {record['device']}: not bit for bit what one of them would give")
 
 
 def cache_prefix(job: runs.Job, engine: Engine, record: dict[str, Any], progress: Progress) -> dict[str, TokenSplit]:
@@ -260,7 +259,8 @@ def restore(
     torch.set_rng_state(own["cpu"])
     if accelerator.device.type != "cpu":
         torch.get_device_module(accelerator.device).set_rng_state(own["device"])
-    accelerator.print(f"resuming at step {progress.global_step}", file=sys.stderr)
+    if accelerator.is_main_process:
+        say(f"resuming at step {progress.global_step}")
     return state["metrics_bytes"]
 
 

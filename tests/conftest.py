@@ -54,6 +54,18 @@ def tiny_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def nudged_model(tiny_model, tmp_path_factory) -> Path:
+    """The tiny model, but for the weights of its first layer: all that it computes is different."""
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("nudged") / tiny_model.name)
+    weights = load_file(folder / "model.safetensors")
+    weights["distilbert.transformer.layer.0.ffn.lin1.weight"] *= 1.5
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> Path:
     """Folders of parquet splits named as the four data sets, learnable from single words."""
     root = tmp_path_factory.mktemp("data")
@@ -147,8 +159,8 @@ def command(*words: str, timeout: float = 120, **env: str) -> subprocess.Complet
 
 
 def read_json(path: Path) -> dict:
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

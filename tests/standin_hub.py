@@ -43,6 +43,7 @@ class StandInHub:
     def __init__(self, root: Path | str, port: int = 0) -> None:
         self.root = Path(root).resolve()
         self.requests: list[tuple[str, str]] = []
+        self.created: list[dict[str, Any]] = []  # what was asked of new repositories
         self.fail_with: int | Literal["hang"] | None = None
         self._server = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"hub": self}))
         self._server.block_on_close = False
@@ -137,6 +138,7 @@ class _Handler(BaseHTTPRequestHandler):
             )
 
     def _create(self, asked: dict[str, Any]) -> None:
+        self.hub.created.append(asked)
         kind, repo_id = f"{asked.get('type') or 'model'}s", f"{asked.get('organization') or 'tester'}/{asked['name']}"
         repo = self.hub.root / kind / repo_id
         status = 409 if repo.exists() else 200

@@ -242,6 +242,25 @@ def test_minus_one_is_a_class_beside_others_and_missing_alone(tmp_path):
     assert note(found, "dropped") == "test: dropped 1 of 1 rows: 0 without text, 1 without label"
 
 
+def test_minus_one_is_what_train_says_it_is(tmp_path):
+    """Beside words it is no class, in whatever form; a class of train's is one where a split has nothing else."""
+    for name in ("words", "signed"):
+        (tmp_path / name).mkdir()
+    written(tmp_path / "words" / "train.csv", BASE)
+    written(tmp_path / "words" / "test.csv", "text,label\nwho knows,-1\n")
+    assert load(tmp_path / "words").label_names == ("neg", "pos")
+    written(tmp_path / "signed" / "train.csv", BASE.replace(",neg", ",-1").replace(",pos", ",1"))
+    written(tmp_path / "signed" / "test.csv", "text,label\nhorrid,-1\nbad,-1\n")
+    signed = load(tmp_path / "signed")
+    assert signed.label_names == ("-1", "1") and texts(signed, "test") == ["horrid", "bad"]
+
+
+def test_a_file_called_as_a_known_data_set_has_its_class_names_and_says_so(tmp_path):
+    found = load(written(tmp_path / "imdb.csv", NUMBERED))
+    assert found.label_names == ("negative", "positive")
+    assert note(found, "are taken for") == "the classes are taken for those of imdb: negative, positive"
+
+
 def test_the_second_of_two_names_is_so_in_any_case(tmp_path):
     assert load(written(tmp_path / "f.csv", BASE.replace(",neg", ",bad").replace(",pos", ",Good"))).label_names == (
         "bad",

@@ -3,8 +3,11 @@
 import contextlib
 import os
 import socket
+import ssl
 import threading
 import time
+import urllib.error
+import urllib.request
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
@@ -12,6 +15,7 @@ import standin_hub
 from conftest import command
 
 import hub
+import tracker_process
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 
@@ -89,6 +93,19 @@ def test_any_answer_but_a_server_error_counts(status, reached):
     with http_server(status) as (url, asked):
         assert hub.answers(url) is reached
     assert asked in ([""], ["/"])
+
+
+def test_a_certificate_that_only_the_clients_trust_is_an_answer(monkeypatch):
+    """They bring certificates of their own; Python's may be missing."""
+    refused = urllib.error.URLError(ssl.SSLCertVerificationError("unable to get local issuer certificate"))
+
+    def urlopen(*_, **__):
+        raise refused
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    assert hub.answers("https://huggingface.co") and tracker_process._unreachable("https://api.wandb.ai") is None
+    refused.reason = ssl.SSLError("wrong version number")
+    assert not hub.answers("https://huggingface.co") and tracker_process._unreachable("https://api.wandb.ai")
 
 
 def test_a_redirect_is_followed():
@@ -194,6 +211,7 @@ def test_a_model_is_pushed_to_the_hub(pushing, tmp_path):
         name: content for name, content in pushed.items() if name == ".gitattributes"
     }
     assert "model.safetensors" in pushed and "README.md" in pushed
+    assert [asked["visibility"] for asked in pushing.hub.created] == ["private"]
     assert not any(b"hf_secret" in path.read_bytes() for path in run.rglob("*") if path.is_file())
 
 

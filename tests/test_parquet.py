@@ -87,6 +87,18 @@ def test_a_label_beyond_the_names_is_refused(tmp_path):
     assert "labels from 0 to 1, found 2" in refusal(file)
 
 
+def test_names_that_differ_between_parts_are_refused(tmp_path):
+    for part, names in enumerate((["neg", "pos"], ["pos", "neg"])):
+        write_parquet(tmp_path / f"train-{part}.parquet", names, text=["x", "y"] * 9, label=[0, 1] * 9)
+    assert "(train): expected files with the same class names" in refusal(tmp_path)
+
+
+def test_words_beside_numbers_with_names_are_refused(tmp_path):
+    write_parquet(tmp_path / "train.parquet", ["neg", "pos"], text=["x", "y"] * 9, label=[0, 1] * 9)
+    write_parquet(tmp_path / "test.parquet", text=["x", "y"] * 9, label=["neg", "pos"] * 9)
+    assert "expected numbers as labels in every split" in refusal(tmp_path)
+
+
 def test_names_that_differ_between_splits_are_refused(tmp_path):
     for split, names in (("train", ["neg", "pos"]), ("test", ["pos", "neg"])):
         write_parquet(tmp_path / f"{split}.parquet", names, text=["x", "y"] * 9, label=[0, 1] * 9)

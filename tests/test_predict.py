@@ -27,7 +27,7 @@ from predict import Predictor, open_saved
 METHODS = {
     "full": ("--finetune", "--epochs", "2", "--lr", "1e-2"),
     "lora": ("--finetune", "--epochs", "2", "--peft", "--lora_r", "4", "--lr", "5e-3"),
-    "baseline": ("--baseline",),
+    "baseline": ("--baseline", "--max_length", "8", "--truncation", "head_tail"),  # most texts are longer
 }
 TEXTS = ["great moving story", "", "awful and dull", "the film was funny , warm", "   ", "é漢🎬 bad"]
 
@@ -112,18 +112,6 @@ def test_it_gives_the_probabilities_that_the_run_recorded(runs, predict, tmp_pat
     assert [row["label"] for row in got] == [row["prediction"] for row in rows]
     for mine, row in zip(got, rows, strict=True):
         assert mine["probabilities"] == pytest.approx(row["probabilities"], abs=1e-5)
-
-
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_it_agrees_with_transformers_pipeline(runs, predict, method):
-    from transformers import pipeline
-
-    classify = pipeline("text-classification", model=str(runs[method] / "model"), top_k=None)
-    texts = [text for text in TEXTS if text.strip()]
-    code, out, _ = predict(runs[method], *texts)
-    assert code == 0
-    for row, scores in zip(lines(out), classify(texts), strict=True):
-        assert row["probabilities"] == pytest.approx({s["label"]: s["score"] for s in scores}, abs=1e-5)
 
 
 def test_texts_lines_and_files_are_answered_alike_and_in_order(runs, predict, tmp_path, monkeypatch):
@@ -356,11 +344,17 @@ def test_half_a_pair_beside_the_text_stays_as_it_is(runs, predict, tmp_path):
 
 
 def test_an_unfinished_run_and_a_damaged_one_are_refused(runs, predict, tmp_path):
-    run = shutil.copytree(runs["lora"], tmp_path / "run")
-    for name in ("model/adapter_model.safetensors", "model/tokenizer.json", "model/model.safetensors", "result.json"):
+    for name, reason in {
+        "model/adapter_model.safetensors": "adapter_model.safetensors",
+        "model/tokenizer.json": "its tokenizer files (tokenizer.json)",
+        "model/model.safetensors": "its model folder lacks model.safetensors",
+        "result.json": "not finished; go on with it",
+    }.items():
+        run = shutil.copytree(runs["lora"], tmp_path / name.replace("/", "-"))
         (run / name).unlink()
         code, _, err = predict(run, "good")
-        assert code == 2 and err.strip().splitlines()[-1].startswith(f"error: --predict {run}: "), err
+        last = err.strip().splitlines()[-1]
+        assert code == 2 and last.startswith(f"error: --predict {run}: ") and reason in last, err
         assert "Traceback" not in err
 
 

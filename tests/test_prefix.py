@@ -3,6 +3,8 @@
 import pytest
 from conftest import read_json, read_lines
 
+import packaged
+import prefix
 import train
 
 LAST = ("--finetune", "--peft", "--lora_layers", "1", "--lora_r", "4", "--lr", "5e-3", "--epochs", "2")
@@ -15,7 +17,9 @@ def losses(run) -> list[float]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_cache_changes_nothing(cli, monkeypatch, precision):
     assert cli(*LAST, "--precision", precision)[0] == 0
-    assert cli(*LAST, "--precision", precision)[0] == 0  # reads what the first has written
+    with monkeypatch.context() as patch:
+        patch.setattr(prefix, "_fill", lambda *_: pytest.fail("what the first has written was not read"))
+        assert cli(*LAST, "--precision", precision)[0] == 0
     monkeypatch.setattr(train, "cache_prefix", lambda job, *_: job.splits)
     assert cli(*LAST, "--precision", precision)[0] == 0  # computes the frozen layers in every step
     runs = sorted(cli.runs.iterdir())
@@ -27,6 +31,16 @@ def test_the_cache_changes_nothing(cli, monkeypatch, precision):
     assert len(others) == 2 and first == others[0]  # written or read: the same numbers
     near = {"fp32": 1e-6, "bf16": 2e-3}[precision]  # computed in batches of another size: products round otherwise
     assert others[1][0] == pytest.approx(first[0], abs=near) and others[1][1] == pytest.approx(first[1], abs=near)
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_other_weights_have_files_of_their_own(cli, nudged_model):
+    """Of the same name, shape and config."""
+    folder, seen = packaged.cache_dir() / "prefix", []
+    for words in ((), ("--model", str(nudged_model))):
+        assert cli(*LAST, "--epochs", "1", *words)[0] == 0
+        seen.append({path.name for path in folder.iterdir()})
+    assert len(seen[1] - seen[0]) == 3
 
 
 def test_it_is_the_run_that_peft_would_make(cli, tiny_model, tmp_path):

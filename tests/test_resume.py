@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import resource
 import shutil
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import read_json, read_lines
 from filelock import FileLock
 
@@ -97,8 +99,24 @@ def test_killed_twice_and_resumed_it_is_the_same_run(cli, monkeypatch, method, r
 @pytest.mark.usefixtures("no_curves")
 def test_killed_before_the_first_checkpoint_it_starts_anew(cli, monkeypatch):
     run = run_killed_at(4, cli, monkeypatch, *COMMON, *METHODS["full"])
+    shutil.copytree(run, older := run.with_name("older"))
+    os.utime(older / "config.json", (1, 1))
     assert cli(*COMMON, *METHODS["full"], "--resume")[0] == 0  # alone: the newest unfinished run of this config
-    assert [run] == list(cli.runs.iterdir()) and outcome(run) == whole(cli)
+    assert {run, older} == {*cli.runs.iterdir()} and outcome(run) == whole(cli)
+
+
+def test_without_save_every_a_checkpoint_is_due_after_a_minute_and_takes_a_hundredth_of_the_time(tmp_path, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(checkpoint, "save", lambda *_: now.__setitem__(0, now[0] + 2.0))
+    checkpoints = checkpoint.Checkpoints(tmp_path, None, Accelerator(cpu=True))
+    for passed, due in ((59.0, False), (2.0, True)):
+        now[0] += passed
+        assert checkpoints.due(7) == due
+    checkpoints.save(7, {})  # takes 2 s
+    for passed, due in ((199.0, False), (2.0, True)):
+        now[0] += passed
+        assert checkpoints.due(8) == due
 
 
 @pytest.mark.usefixtures("no_curves")

@@ -46,6 +46,25 @@ def test_signals_to_the_real_process(cli, tiny_model, tiny_data):
     assert resuming in err
 
 
+def gone(descriptor: int, _: bytes) -> int:
+    """`os.write` where the reader of stderr has gone: Ctrl-C ends `tee`, too."""
+    assert descriptor == 2
+    raise BrokenPipeError
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_a_stop_that_nobody_can_read_of_has_its_checkpoint(cli, monkeypatch):
+    def stop() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint.os, "write", gone)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with behind_step(17, stop, monkeypatch):
+        assert cli(*COMMON, *METHODS["full"])[0] == 130
+    (run,) = cli.runs.iterdir()
+    assert checkpoint.newest_whole(run / "checkpoints")["progress"]["global_step"] == 17
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_second_signal_stops_at_once(cli, monkeypatch, number, code):
     """Both come within one step, so only a stop before its end has no checkpoint of it."""

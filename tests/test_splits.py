@@ -87,6 +87,12 @@ def test_copies_of_a_text_are_held_out_together(tmp_path):
         assert 20 <= len(texts(found, split)) <= 100
 
 
+def test_copies_that_differ_in_blanks_are_held_out_together(tmp_path):
+    rows = [(f"text {i}{blank}", "pos" if i % 2 else "neg") for i in range(100) for blank in ("", " ")]
+    found = load(written(tmp_path / "f.csv", csv(rows)))
+    assert pairs(found) == Counter(rows) and not note(found, "leakage")
+
+
 def test_at_most_2000_rows_are_held_out(tmp_path):
     found = load(written(tmp_path / "f.csv", csv([(f"t{i}", i % 2) for i in range(30_000)])))
     assert len(found.splits["test"]) == len(found.splits["validation"]) == 2000

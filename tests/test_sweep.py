@@ -13,10 +13,11 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, command, read_json
+from test_signals import gone
 
 from config import TrainConfig, UserError, parse_args
 from grid import cell_names, command_words, identity, read_grid
-from pools import ForwardSignals
+from pools import ForwardSignals, LocalPool
 
 GRID = """
 seeds = [1, 2]
@@ -152,7 +153,8 @@ def test_a_sweep_runs_skips_resumes_and_tries_again(swept, tmp_path):
     first = finished(whole)
     assert len(first) == 3 and "[3/3]" in said and "nothing left to train" in said
     devices = {read_json(path)["device"] for path in whole.glob("*/config.json")}
-    assert all(device.endswith(f"({max(1, os.cpu_count() // 2)} threads, 2 runs at once)") for device in devices)
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert all(device.endswith(f"({threads} threads, 2 runs at once)") for device in devices)
 
     root = shutil.copytree(whole, tmp_path / "runs" / "grid")
     killed, kept, broken = sorted(path.parent for path in root.glob("*/config.json"))
@@ -219,6 +221,28 @@ def test_flags_that_a_run_once_begun_does_not_take_are_noted(grid, tmp_path, mon
         assert (note in capsys.readouterr().err) == said
 
 
+def test_workers_run_at_the_same_time_and_hold_the_lock_when_the_sweep_is_gone(tmp_path):
+    """Two jobs that wait for each other; and one that outlives its pool."""
+    from sweep import _only_one
+
+    waits = "import pathlib, sys, time; mine, other = map(pathlib.Path, sys.argv[1:]); mine.touch()\n"
+    waits += "for _ in range(600): time.sleep(0.05) if not other.exists() else sys.exit(0)\nsys.exit(1)"
+    with _only_one(tmp_path) as lock:
+        pool = LocalPool(2, lock)
+        one, two = str(tmp_path / "one"), str(tmp_path / "two")
+        jobs = [pool.submit(["-c", waits, *files], tmp_path / "log") for files in ((one, two), (two, one))]
+        assert [job.result() for job in jobs] == [0, 0]
+        late = pool.submit(["-c", waits, str(tmp_path / "three"), str(tmp_path / "four")], tmp_path / "log")
+        while not (tmp_path / "three").exists():
+            time.sleep(0.05)
+    with pytest.raises(UserError, match="another sweep is at work"), _only_one(tmp_path):
+        pass
+    (tmp_path / "four").touch()
+    assert late.result() == 0
+    with _only_one(tmp_path):
+        pass
+
+
 def stop_sweep(words: tuple[str, ...], number: int, going_on) -> tuple[int, str]:
     """(exit code, stderr) of a sweep that gets signal `number` once `going_on()`."""
     child = subprocess.Popen([sys.executable, str(ROOT / "main.py"), *words], stderr=subprocess.PIPE, text=True)
@@ -253,9 +277,10 @@ def test_a_signal_goes_to_the_runs_and_the_same_command_goes_on(grid, tmp_path):
     assert len(re.findall(r"resuming at step [1-9]", log.read_text())) == 2
 
 
-def test_a_second_signal_is_not_passed_on():
-    """It would end the runs without their checkpoints."""
+def test_a_second_signal_is_not_passed_on(monkeypatch):
+    """It would end the runs without their checkpoints. The first is, though nobody can read of it."""
     passed = []
+    monkeypatch.setattr("pools.os.write", gone)
     with ForwardSignals(SimpleNamespace(stop=passed.append)) as signals:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)

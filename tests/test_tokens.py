@@ -133,3 +133,13 @@ def test_batches_are_of_like_length_in_random_order():
     assert abs(np.corrcoef(longest, np.arange(len(longest)))[0, 1]) < 0.3
     ordered = [LENGTHS[batch].max() for batch in sorted_batches(LENGTHS, 16, 8192)]
     assert ordered == sorted(ordered, reverse=True)
+
+
+def test_each_way_to_cut_has_ids_of_its_own(tiny_model):
+    from transformers import AutoTokenizer
+
+    from tokens import Cutter
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    ways = [(8, "head"), (8, "head_tail"), (9, "head")]
+    assert len({Cutter(tokenizer, *way).settings for way in ways}) == 3

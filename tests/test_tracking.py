@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, command, read_json
@@ -26,6 +27,7 @@ from standin_trackers import (
     wandb_offline,
 )
 
+import tracker_process
 import tracking
 
 pytestmark = pytest.mark.usefixtures("clean_machine")
@@ -131,6 +133,7 @@ def test_resume_continues_the_online_runs(tmp_path, monkeypatch):
     servers = [Server(), Server()]
     for resume, (server, rows) in enumerate(zip(servers, (ROWS[:3], ROWS[3:]))):
         point_at(monkeypatch, server)
+        monkeypatch.setenv("WANDB_PROJECT", ("where it began", "elsewhere")[resume])
         logger = open_run(tmp_path, wandb=True, resume=bool(resume))
         log_rows(logger, rows)
         logger.close()
@@ -139,6 +142,8 @@ def test_resume_continues_the_online_runs(tmp_path, monkeypatch):
     ids = {read_json(tmp_path / name / "state.json")["id"] for name in ("wandb", "comet")}
     assert servers[0].runs() == servers[1].runs() == ids
     assert set(servers[1].wandb_rows()) == set(servers[1].comet_rows()) == {4}  # only what was new
+    asked = b"".join(body for server in servers for path, body in server.requests if path == "/graphql")
+    assert b"where it began" in asked and b"elsewhere" not in asked
     assert_wandb(servers[0].wandb_rows() | servers[1].wandb_rows(), tmp_path)
     assert_comet(servers[0].comet_rows() | servers[1].comet_rows(), tmp_path)
     assert_no_secret(tmp_path)
@@ -161,6 +166,29 @@ def test_a_resumed_run_sends_no_line_twice(tmp_path, monkeypatch):
         names = [value["metricName"] for body in sent for value in json.loads(body)["values"]]
         names = [name for name in names if name != "process duration"]
         assert sorted(names) == sorted(name for values, _, _ in expected for name in values)
+
+
+def test_a_step_that_wandb_would_drop_is_moved():
+    """A resumed run of W&B begins behind its last step, whose other lines may be new."""
+    logged = []
+    tracker = object.__new__(tracker_process._Wandb)
+    tracker._run, tracker._first_step = SimpleNamespace(log=lambda values, step: logged.append((step, values))), 5
+    for step in (4, 5, 9):
+        tracker.log({"step": step, "epoch": 1.0, "time": 7.0, "val/accuracy": 0.5})
+    assert [step for step, _ in logged] == [5, 5, 9]
+    assert logged[0][1] == {"epoch": 1.0, "_timestamp": 7.0, "val/accuracy": 0.5}
+
+
+def test_a_process_that_still_uploads_is_not_joined_by_another(tmp_path, monkeypatch):
+    point_at(monkeypatch, server := Server())
+    log_rows(logger := open_run(tmp_path, comet=False))
+    logger.close()
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"wandb": True, "comet": False}}))
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.setattr(tracking, "SYNC_SECONDS", 4.0)
+    with FileLock(tmp_path / "wandb" / ".lock"):
+        lines = tracking.sync(tmp_path)
+    assert len(lines) == 1 and "did not finish and was given up" in lines[0] and not server.runs()
 
 
 def test_sync_on_the_command_line(tmp_path, monkeypatch):

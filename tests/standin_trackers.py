@@ -24,6 +24,8 @@ ROWS = [
     ({"train/loss": 0.1, "train/lr": 1e-300}, 4, 1.0),
     ({"val/accuracy": 0.875, "val/loss": math.nan}, 4, 1.0),
 ]
+# Nothing of the machine, of git or of the command line: those would be "environment" and "files".
+WANDB_KINDS = ("header", "run", "config", "history", "summary", "telemetry", "exit")
 Copy = dict[int, dict[str, Any]]  # step -> key -> value
 
 
@@ -137,10 +139,12 @@ def wandb_offline(run_dir: Path) -> tuple[Copy, dict[str, Any], int | None]:
         if kind in (1, 4):
             message = wandb_internal_pb2.Record.FromString(record)
             record = b""
+            what = message.WhichOneof("record_type")
+            assert what in WANDB_KINDS and not message.run.HasField("git"), message
             for item in message.history.item:
                 copy[message.history.step.num][item.nested_key[0]] = json.loads(item.value_json)
             config |= {item.key: json.loads(item.value_json) for item in message.config.update}
-            code = message.exit.exit_code if message.WhichOneof("record_type") == "exit" else code
+            code = message.exit.exit_code if what == "exit" else code
     return copy, config, code
 
 
@@ -153,7 +157,9 @@ def comet_offline(run_dir: Path) -> tuple[Copy, dict[str, Any], str | None]:
         payload = message["payload"]
         if message["type"] == "metric_msg":
             add_comet(copy, payload["metric"], payload["local_timestamp"])
-        elif message["type"] == "parameter_msg":
+        else:
+            assert message["type"] in ("parameter_msg", "log_other"), message  # no code, no git, no system details
+        if message["type"] == "parameter_msg":
             parameter = payload.get("param") or payload["params"]  # the second where the value is a list
             parameters[parameter["paramName"]] = parameter["paramValue"]
         elif payload.get("key") == "status":

@@ -35,11 +35,9 @@ def open_device(device: str, precision: str) -> tuple[Accelerator, str]:
     for other in ("DEEPSPEED", "MEGATRON_LM"):
         if _is_set(f"ACCELERATE_USE_{other}"):
             raise UserError(f"accelerate launch: {other} is not supported; start it with DDP, FSDP or torchrun")
-    # The others wait while one process fetches, tokenises and fills caches, which may take hours.
-    patient = InitProcessGroupKwargs(timeout=timedelta(days=1))
-    accelerator = Accelerator(
-        cpu=kind == "cpu", mixed_precision="no", kwargs_handlers=[patient]
-    )  # the loop casts itself
+    # The loop casts for itself. The others wait while one process fetches, tokenises and fills caches: hours, perhaps.
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
+    accelerator = Accelerator(cpu=kind == "cpu", mixed_precision="no", kwargs_handlers=[patience])
     if precision == "auto":
         precision = "bf16" if _native_bf16(kind) else "fp32"
     return accelerator, precision

@@ -125,11 +125,8 @@ def _csv(file: Path, choose: Choose) -> Iterator[tuple[dict[str, Any], str]]:
 def _json(file: Path, choose: Choose, text_column: str | None) -> Iterator[tuple[dict[str, Any], str]]:
     rows = json_rows(file)
     first = list(islice(rows, FIRST_ROWS))
-    column, names, seen = (
-        text_column,
-        list(dict.fromkeys(name for _, row in first for name in row)),
-        text_column is None,
-    )
+    names = list(dict.fromkeys(name for _, row in first for name in row))
+    column, seen = text_column, text_column is None
     if column is None and names:
         column = choose(names, str(file))
     for line, row in chain(first, rows):

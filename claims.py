@@ -189,9 +189,11 @@ class Finding:
 def judge(groups: list[list[Cell]], scores: dict[tuple, dict[str, stats.Scores]]) -> dict[int, list[Finding]]:
     """The findings of each claim, by its number. groups: cells by data set; scores: by `Run.key`, then metric.
 
-    Of several groups of one data set the one with the most runs counts.
+    Of several groups of one data set the one with the most runs counts, the first of equals.
     """
-    cells = {data_set(group): group for group in sorted(subject(groups), key=_size)}
+    cells: dict[str, list[Cell]] = {}
+    for group in sorted(subject(groups), key=_size, reverse=True):
+        cells.setdefault(data_set(group), group)
     contrasts = [s for claim in CLAIMS for s in claim.statements if isinstance(s, Contrast)]
     measured = {}
     for statement in contrasts:

@@ -208,11 +208,10 @@ class TrainConfig:
         self._require("lora_dropout warmup_ratio", lambda value: 0 <= value <= 0.99, "a number from 0 to 0.99")
         self._require("seed", lambda value: value < 2**32, "a whole number below 2**32")
         self._require("device", re.compile(r"auto|cpu|mps|cuda(:\d+)?").fullmatch, "auto, cpu, cuda, cuda:N or mps")
-        paths = "dataset dataset_dir model input output output_dir plots_dir export"
-        self._require(
-            f"{paths} resume text_column label_column push_to_hub project", _is_name, "a name or a path, in UTF-8"
-        )
-        for name in paths.split():
+        recorded, others = "dataset dataset_dir model output_dir", "input output plots_dir export"
+        self._require(f"{others} resume push_to_hub", str.strip, "a name or a path")
+        self._require(f"{recorded} text_column label_column project", _is_name, "a name or a path, in UTF-8")
+        for name in f"{recorded} {others}".split():
             object.__setattr__(self, name, _at_home(getattr(self, name)))
         object.__setattr__(self, "runs", tuple(map(_at_home, self.runs)))
         if blank := [run for run in self.runs if not run.strip()]:

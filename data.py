@@ -221,6 +221,8 @@ def _read_files(path: Path, columns: Columns) -> dict[str, datasets.Dataset]:
     splits = {}
     for split, some in files.items():
         tables = [read_file(file, columns) for file in some]
+        if endings != {".parquet"}:  # each part was read by its own header
+            tables = [table.rename_columns(tables[0].column_names) for table in tables]
         if len(names := {tuple(table.column_names) for table in tables}) > 1:
             raise UserError(f"{path} ({split}): expected files with the same columns, found {brief(sorted(names))}")
         if len(named := {_label_names(table) for table in tables}) > 1:
@@ -317,7 +319,8 @@ def _hold_out(rows: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Datase
     """(rest, held out): a tenth of each class, 2,000 rows in all at most, by the SHA-256 of the text.
 
     The rule knows neither the seed nor the order of the rows, so every run and every machine holds out the same
-    texts; copies of a text have the same hash and stay together. A text that alone would be more than a tenth of what
+    texts; copies of a text have the same hash and stay together, and those that differ in the blanks around them go
+    with them. A text that alone would be more than a tenth of what
     is held out comes last, so that no split is one sentence many times. No class is held out whole.
     """
     labels = np.asarray(rows["label"][:])
@@ -333,8 +336,10 @@ def _hold_out(rows: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Datase
         before = np.cumsum(copies[order]) - copies[order]
         chosen.append(texts[order[before < wanted][: len(texts) - 1]])
     held_out = np.isin(hashes, np.concatenate(chosen))  # copies under another label, too
-    alike = _hashes(rows)
-    held_out = np.isin(alike, alike[held_out])  # and those that differ in the blanks around them
+    blanks_aside = _hashes(rows)
+    alike = np.isin(blanks_aside, blanks_aside[held_out])
+    whole = [label for label in np.unique(labels) if alike[labels == label].all()]
+    held_out |= alike & ~np.isin(labels, whole)
     return rows.select(np.flatnonzero(~held_out)), rows.select(np.flatnonzero(held_out))
 
 

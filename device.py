@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 
 import kernels
 from config import UserError
@@ -35,9 +34,7 @@ def open_device(device: str, precision: str) -> tuple[Accelerator, str]:
     for other in ("DEEPSPEED", "MEGATRON_LM"):
         if _is_set(f"ACCELERATE_USE_{other}"):
             raise UserError(f"accelerate launch: {other} is not supported; start it with DDP, FSDP or torchrun")
-    # The loop casts for itself. The others wait while one process fetches, tokenises and fills caches: hours, perhaps.
-    patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
-    accelerator = Accelerator(cpu=kind == "cpu", mixed_precision="no", kwargs_handlers=[patience])
+    accelerator = Accelerator(cpu=kind == "cpu", mixed_precision="no")  # the loop casts for itself
     if precision == "auto":
         precision = "bf16" if _native_bf16(kind) else "fp32"
     return accelerator, precision
@@ -54,12 +51,22 @@ def wait_for_everyone(accelerator: Accelerator) -> None:
 
 @contextlib.contextmanager
 def main_process_first(accelerator: Accelerator) -> Iterator[None]:
-    """The main process runs the block, then the others."""
+    """The main process runs the block, then the others, which may wait for hours: it tokenises and fills caches."""
+    if accelerator.num_processes == 1:
+        yield
+        return
+    group = _patient_group()
     if not accelerator.is_main_process:
-        wait_for_everyone(accelerator)
+        dist.barrier(group)
     yield
     if accelerator.is_main_process:
-        wait_for_everyone(accelerator)
+        dist.barrier(group)
+
+
+@functools.cache
+def _patient_group() -> dist.ProcessGroup:
+    """All processes. The default group gives up a wait after 10 or 30 minutes, as it should while training."""
+    return dist.new_group(timeout=timedelta(days=1), backend="gloo")
 
 
 def take_fsdp() -> bool:

@@ -9,8 +9,9 @@ from config import Interrupted, TrainConfig, UserError, parse_args, say
 
 def main(argv: list[str] | None = None) -> int:
     """Run the mode asked for. Returns the exit code: 0, 2 for what the user can put right, 130 for Ctrl-C."""
+    if sys.stderr is None:  # closed, as by 2>&-
+        sys.stderr = open(os.devnull, "w", errors="backslashreplace")  # noqa: SIM115, PTH123
     config = parse_args(argv)
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115, PTH123 - closed, as by 2>&-
     if sys.stdout is not None:
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 ends no run
     try:

@@ -20,7 +20,7 @@ POLL_SECONDS = 0.2
 class Pool(Protocol):
     """Where the processes of a sweep run."""
 
-    workers: int  # how many share a machine
+    workers: int  # how many share a processor or a GPU
     at_once: int  # how many run together
 
     def submit(self, command: list[str], log: Path) -> Future:
@@ -125,13 +125,11 @@ class RayPool:
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
         cpus = max(1, int(min(machine["CPU"] for machine in machines)) // workers)
         gpus = min(machine.get("GPU", 0) for machine in machines) / workers
-        self.workers, self.at_once, self.ray, self.refs = workers, workers * len(machines), ray, []
+        self.at_once, self.ray, self.refs = workers * len(machines), ray, []
         # No retries: a failed run is listed, and tried again by the next call.
         self.remote = ray.remote(num_cpus=cpus, num_gpus=min(1.0, gpus), max_retries=0)(run_command)
-        self.env = {
-            "OMP_NUM_THREADS": str(cpus),
-            "RUNS_AT_ONCE": str(max(1, int(1 / gpus + 1e-6)) if gpus else workers),
-        }
+        self.workers = max(1, int(1 / gpus + 1e-6)) if gpus else workers
+        self.env = {"OMP_NUM_THREADS": str(cpus), "RUNS_AT_ONCE": str(self.workers)}
 
     def submit(self, command: list[str], log: Path) -> Future:
         """See Pool."""

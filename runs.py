@@ -233,8 +233,10 @@ def check_same(record: dict[str, Any], run_dir: Path) -> None:
 def began_with(record: dict[str, Any], run_dir: Path) -> list[str]:
     """The code and the libraries that a resumed run began with, where they are others now: `torch 2.12.0`."""
     stored = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+    if not isinstance(stored.get("versions"), dict):
+        return []
     was, now = (
-        {**one.get("versions", {}), "Python": one.get("python"), "this program at commit": one.get("git_commit")}
+        {**one["versions"], "Python": one.get("python"), "this program at commit": one.get("git_commit")}
         for one in (stored, record)
     )
     return [f"{name} {was[name]}" for name in was if was[name] and was[name] != now.get(name)]

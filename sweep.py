@@ -53,7 +53,7 @@ def sweep(config: TrainConfig) -> None:
     say(f"{len(cells)} runs, {len(cells) - len(todo)} of them done already; folders in {root}, output in {root}/logs")
     begun = sum(cell.folder is not None for cell in todo)
     if begun and (aside := [f"--{name}" for name in given if name in NOT_COMPUTED]):
-        say(f"note: {begun} runs that were begun go on as they were, without {' '.join(aside)}")
+        say(f"note: {begun} runs that were begun keep their own {' '.join(aside)}")
     (root / "logs").mkdir(parents=True, exist_ok=True)
     with _only_one(root) as lock:
         pool = RayPool(config.ray, config.workers) if config.ray else LocalPool(config.workers, lock)

@@ -104,7 +104,9 @@ class _Wandb:
 
     def log(self, row: dict[str, float]) -> None:
         values = {key: value for key, value in row.items() if key not in ("step", "time")}
-        # A run that goes on takes nothing of the step it had come to, and drops it: one step too late is better.
+        if row["step"] < self._first_step - 1:
+            return  # the run that goes on has it
+        # Of the step that it had come to it may lack some lines, and would drop them: one step too late is better.
         self._run.log({**values, "_timestamp": row["time"]}, step=max(row["step"], self._first_step))
 
     def finish(self, status: str) -> None:

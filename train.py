@@ -129,7 +129,7 @@ def starting_point(job: runs.Job, record: dict[str, Any], engine: Engine, schedu
         if changed := runs.began_with(record, run_dir):
             record["began_with"] = changed
             if job.accelerator.is_main_process:
-                say(f"note: this run began with {', '.join(changed)}: not bit for bit what either version gives")
+                say(f"note: this run began with {', '.join(changed)}: perhaps not bit for bit what one version gives")
         if state := newest_whole(run_dir / "checkpoints"):
             metrics_bytes = restore(state, engine, schedule, progress, job.accelerator)
     note_device(progress, record, job.accelerator)

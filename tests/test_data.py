@@ -131,6 +131,12 @@ def test_parts_with_other_columns_are_refused(tmp_path):
     assert "same columns" in refusal(tmp_path)
 
 
+def test_parts_with_headers_of_their_own_are_read(tmp_path):
+    written(tmp_path / "train-0.csv", BASE)
+    written(tmp_path / "train-1.csv", BASE.replace("text,label", "Review,Sentiment").replace("film", "story"))
+    assert sum(len(rows) for rows in load(tmp_path).splits.values()) == 2 * len(ROWS)
+
+
 def test_splits_of_a_hub_data_set_may_have_the_usual_short_names(monkeypatch):
     def rows(some):
         return datasets.Dataset.from_dict({"text": [text for text, _ in some], "label": [label for _, label in some]})

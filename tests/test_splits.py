@@ -91,6 +91,8 @@ def test_copies_that_differ_in_blanks_are_held_out_together(tmp_path):
     rows = [(f"text {i}{blank}", "pos" if i % 2 else "neg") for i in range(100) for blank in ("", " ")]
     found = load(written(tmp_path / "f.csv", csv(rows)))
     assert pairs(found) == Counter(rows) and not note(found, "leakage")
+    found = load(written(tmp_path / "g.csv", csv([*rows, ("alone", "odd"), ("alone ", "odd")])))
+    assert "odd" in {found.label_names[label] for label in found.splits["train"]["label"]}
 
 
 def test_at_most_2000_rows_are_held_out(tmp_path):

@@ -217,7 +217,7 @@ def test_flags_that_a_run_once_begun_does_not_take_are_noted(grid, tmp_path, mon
     words = ("--sweep", str(grid), "--output_dir", str(tmp_path / "runs"))
     for more, said in (((), False), (("--wandb", "--save_every", "5"), True)):
         sweep.sweep(parse_args([*words, *more]))
-        note = "note: 1 runs that were begun go on as they were, without --wandb --save_every"
+        note = "note: 1 runs that were begun keep their own --wandb --save_every"
         assert (note in capsys.readouterr().err) == said
 
 

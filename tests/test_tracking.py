@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -173,7 +174,7 @@ def test_a_step_that_wandb_would_drop_is_moved():
     logged = []
     tracker = object.__new__(tracker_process._Wandb)
     tracker._run, tracker._first_step = SimpleNamespace(log=lambda values, step: logged.append((step, values))), 5
-    for step in (4, 5, 9):
+    for step in (2, 4, 5, 9):  # the first is there already
         tracker.log({"step": step, "epoch": 1.0, "time": 7.0, "val/accuracy": 0.5})
     assert [step for step, _ in logged] == [5, 5, 9]
     assert logged[0][1] == {"epoch": 1.0, "_timestamp": 7.0, "val/accuracy": 0.5}
@@ -185,10 +186,14 @@ def test_a_process_that_still_uploads_is_not_joined_by_another(tmp_path, monkeyp
     logger.close()
     (tmp_path / "config.json").write_text(json.dumps({"config": {"wandb": True, "comet": False}}))
     (tmp_path / "wandb").mkdir()
-    monkeypatch.setattr(tracking, "SYNC_SECONDS", 4.0)
+    lines: list[str] = []
+    syncing = threading.Thread(target=lambda: lines.extend(tracking.sync(tmp_path)))
     with FileLock(tmp_path / "wandb" / ".lock"):
-        lines = tracking.sync(tmp_path)
-    assert len(lines) == 1 and "did not finish and was given up" in lines[0] and not server.runs()
+        syncing.start()
+        time.sleep(4)
+        assert not server.requests
+    syncing.join()
+    assert lines[-1].startswith("W&B: complete at") and len(server.runs()) == 1
 
 
 def test_sync_on_the_command_line(tmp_path, monkeypatch):

@@ -13,11 +13,13 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 DEFAULT_MODEL = "distilbert-base-uncased"
 DEFAULT_DATASET = "rotten_tomatoes"
 NEWEST = "newest"  # --resume without a run
+RECORDED_PATHS, OTHER_PATHS = "dataset dataset_dir model output_dir", "input output plots_dir export"
+PATHS = f"{RECORDED_PATHS} {OTHER_PATHS}".split()
 LOCAL_CLUSTER = "local"  # --ray without an address
 MODES = ("finetune", "baseline", "predict", "merge", "sweep", "report", "sync")
 # Flags by the modes that read them. --sweep hands its own to every cell.
@@ -62,7 +64,12 @@ def say(line: str) -> None:
     try:
         print(line, file=sys.stderr, flush=True)
     except OSError:  # a pipe whose reader has gone, a terminal that was closed, a log on a full disk
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+        silence(sys.stderr)
+
+
+def silence(stream: TextIO) -> None:
+    """Send what is written to `stream` from now on nowhere: Python itself flushes it once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class Interrupted(KeyboardInterrupt):
@@ -208,10 +215,9 @@ class TrainConfig:
         self._require("lora_dropout warmup_ratio", lambda value: 0 <= value <= 0.99, "a number from 0 to 0.99")
         self._require("seed", lambda value: value < 2**32, "a whole number below 2**32")
         self._require("device", re.compile(r"auto|cpu|mps|cuda(:\d+)?").fullmatch, "auto, cpu, cuda, cuda:N or mps")
-        recorded, others = "dataset dataset_dir model output_dir", "input output plots_dir export"
-        self._require(f"{others} resume push_to_hub", str.strip, "a name or a path")
-        self._require(f"{recorded} text_column label_column project", _is_name, "a name or a path, in UTF-8")
-        for name in f"{recorded} {others}".split():
+        self._require(f"{OTHER_PATHS} resume push_to_hub", str.strip, "a name or a path")
+        self._require(f"{RECORDED_PATHS} text_column label_column project", _is_name, "a name or a path, in UTF-8")
+        for name in PATHS:
             object.__setattr__(self, name, _at_home(getattr(self, name)))
         object.__setattr__(self, "runs", tuple(map(_at_home, self.runs)))
         if blank := [run for run in self.runs if not run.strip()]:
@@ -359,7 +365,7 @@ def _config_of(run: str, given: dict[str, Any]) -> TrainConfig:
         raise UserError(f"--resume: {what} {run!r} ({error})") from error
     if strange or stored["mode"] not in MODES:
         raise UserError(f"--resume: {run}/config.json holds a wrong value under {(strange or ['mode'])[0]}")
-    given = {key: _at_home(value) if isinstance(value, str) else value for key, value in given.items()}
+    given = {key: _at_home(value) if key in (*PATHS, "resume") else value for key, value in given.items()}
     differ = [f"{key} was {stored[key]!r}, given {value!r}" for key, value in given.items() if stored[key] != value]
     if differ:
         raise UserError(f"--resume {run}: that run had another config: {'; '.join(differ)}")

@@ -17,7 +17,7 @@ import torch
 import hub
 import packaged
 from config import DEFAULT_DATASET, UserError
-from labels import missing_classes, number_classes
+from labels import class_names, missing_classes, number_classes
 from readers import CHUNK, ENDINGS, USUAL, Columns, brief, choose_columns, read_file
 
 SPLIT_NAMES = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation"}
@@ -225,7 +225,9 @@ def _read_files(path: Path, columns: Columns) -> dict[str, datasets.Dataset]:
             tables = [table.rename_columns(tables[0].column_names) for table in tables]
         if len(names := {tuple(table.column_names) for table in tables}) > 1:
             raise UserError(f"{path} ({split}): expected files with the same columns, found {brief(sorted(names))}")
-        if len(named := {_label_names(table) for table in tables}) > 1:
+        label = tables[0].column_names[1]
+        named = {class_names(datasets.Features.from_arrow_schema(table.schema)[label]) for table in tables}
+        if len(named) > 1:
             raise UserError(f"{path} ({split}): expected files with the same class names, found {brief(list(named))}")
         try:
             table = pa.concat_tables(tables, promote_options="permissive")
@@ -233,12 +235,6 @@ def _read_files(path: Path, columns: Columns) -> dict[str, datasets.Dataset]:
             raise UserError(f"{path} ({split}): expected files with the same columns: {brief(str(error))}") from error
         splits[split] = datasets.Dataset(table, fingerprint="unused")  # its own would hash every text
     return splits
-
-
-def _label_names(table: pa.Table) -> tuple[str, ...] | None:
-    """The class names that a parquet file carries beside the numbers."""
-    feature = datasets.Features.from_arrow_schema(table.schema)[table.column_names[1]]
-    return tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
 
 
 def _split_files(seen: list[Path]) -> dict[str, list[Path]]:
@@ -296,9 +292,9 @@ def _overlaps(splits: dict[str, datasets.Dataset]) -> list[str]:
     """A warning for each split with texts that an earlier one has, which flatter the scores, or has twice: intervals
     count rows, and would be too narrow."""
     warnings = []
-    earlier = _hashes(splits["train"])
+    _, earlier = _hashes(splits["train"])
     for split in ("validation", "test"):
-        hashes = _hashes(splits[split])
+        _, hashes = _hashes(splits[split])
         if copies := np.isin(hashes, earlier).sum():
             where = "train" if split == "validation" else "train or validation"
             warnings.append(f"warning: leakage: {copies} of {len(hashes)} {split} texts are also in {where}")
@@ -308,11 +304,20 @@ def _overlaps(splits: dict[str, datasets.Dataset]) -> list[str]:
     return warnings
 
 
-def _hashes(rows: datasets.Dataset, stripped: bool = True) -> np.ndarray:
-    """[n] uint64: the first 8 bytes of the SHA-256 of each text. Texts themselves would fill the memory."""
-    texts = (text.strip() if stripped else text for some in rows.iter(CHUNK) for text in some["text"])
-    digests = (int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) for text in texts)
-    return np.fromiter(digests, np.uint64, len(rows))
+def _hashes(rows: datasets.Dataset) -> np.ndarray:
+    """[2, n] uint64: the first 8 bytes of the SHA-256 of each text, and of it without the blanks around it. Texts
+    themselves would fill the memory."""
+    found = np.empty((2, len(rows)), np.uint64)
+    for at, text in enumerate(text for some in rows.iter(CHUNK) for text in some["text"]):
+        bare = text.strip()
+        found[:, at] = _digest(bare)
+        if text != bare:
+            found[0, at] = _digest(text)
+    return found
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
 
 
 def _hold_out(rows: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -320,11 +325,11 @@ def _hold_out(rows: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Datase
 
     The rule knows neither the seed nor the order of the rows, so every run and every machine holds out the same
     texts; copies of a text have the same hash and stay together, and those that differ in the blanks around them go
-    with them. A text that alone would be more than a tenth of what
-    is held out comes last, so that no split is one sentence many times. No class is held out whole.
+    with them. A text that alone would be more than a tenth of what is held out comes last, so that no split is one
+    sentence many times. No class is held out whole.
     """
     labels = np.asarray(rows["label"][:])
-    hashes = _hashes(rows, stripped=False)
+    hashes, blanks_aside = _hashes(rows)
     share = min(HELD_OUT_SHARE, HELD_OUT_MOST / len(rows))
     everything, uses = np.unique(hashes, return_counts=True)  # a text may be under several labels
     chosen = []
@@ -336,7 +341,6 @@ def _hold_out(rows: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Datase
         before = np.cumsum(copies[order]) - copies[order]
         chosen.append(texts[order[before < wanted][: len(texts) - 1]])
     held_out = np.isin(hashes, np.concatenate(chosen))  # copies under another label, too
-    blanks_aside = _hashes(rows)
     alike = np.isin(blanks_aside, blanks_aside[held_out])
     whole = [label for label in np.unique(labels) if alike[labels == label].all()]
     held_out |= alike & ~np.isin(labels, whole)

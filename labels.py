@@ -87,14 +87,18 @@ def _declared_names(splits: dict[str, datasets.Dataset], source: str) -> tuple[s
     """The class names that the files carry beside the numbers, as the hub's parquet files do."""
     names = {}
     for split, rows in splits.items():
-        feature = rows.features["label"]
-        names[split] = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+        names[split] = class_names(rows.features["label"])
         if names[split] and names[split] != names["train"]:
             found = f"found {brief(names['train'])} in train"
             raise UserError(
                 f"{source}: expected the same class names in every split, {found}, {brief(names[split])} in {split}"
             )
     return names["train"]
+
+
+def class_names(feature: Any) -> tuple[str, ...] | None:
+    """Those that a column's `datasets` feature carries, if it does."""
+    return tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
 
 
 def _not_blank(texts: pa.ChunkedArray) -> np.ndarray:

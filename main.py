@@ -4,7 +4,7 @@ import os
 import re
 import sys
 
-from config import Interrupted, TrainConfig, UserError, parse_args, say
+from config import Interrupted, TrainConfig, UserError, parse_args, say, silence
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
         dispatch(config)
         print(end="", flush=True)  # what cannot be written is told here, not by Python's own end
     except BrokenPipeError:  # whoever read the output has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
+        silence(sys.stdout)
         return 141  # 128 + SIGPIPE
     except (UserError, OSError) as error:  # OSError: a full disk, a folder that cannot be written
         say(f"error: {error}")

@@ -131,10 +131,8 @@ def load_classifier(source: ModelSource, label_names: tuple[str, ...]) -> nn.Mod
     The head is drawn from torch's generator, but where the checkpoint has one for the same classes: then training goes
     on from it. One for other classes gets a new last layer. UserError where the checkpoint cannot be read.
     """
-    plain = "python main.py --merge RUN writes plain weights to RUN/merged"
-    adapter = UserError(f"--model {source.name}: it is a LoRA run's adapter; {plain}")
     if (Path(source.location) / "adapter_config.json").exists():
-        raise adapter
+        raise _adapter(source)
     names = dict(enumerate(label_names))
     try:
         model, found = AutoModelForSequenceClassification.from_pretrained(
@@ -157,10 +155,15 @@ def load_classifier(source: ModelSource, label_names: tuple[str, ...]) -> nn.Mod
             reason = "expected model.safetensors among its files; a .bin, which can hold code, is not read"
         raise UserError(f"--model {source.name}: {reason}") from error
     if hasattr(model, "peft_config"):  # of the hub: transformers has put it on and frozen the rest
-        raise adapter
+        raise _adapter(source)
     _check_encoder(model, source, found)
     _refresh_head(model, source, label_names, found)
     return model
+
+
+def _adapter(source: ModelSource) -> UserError:
+    plain = "python main.py --merge RUN writes plain weights to RUN/merged"
+    return UserError(f"--model {source.name}: it is a LoRA run's adapter; {plain}")
 
 
 def _check_encoder(model: nn.Module, source: ModelSource, found: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import fast
 import hub
 import models
-from config import TrainConfig, UserError
+from config import TrainConfig, UserError, silence
 from data import Batch, TokenSplit, sorted_batches
 from device import open_device, tokens_at_once
 from engine import plain_logits, state_reader
@@ -197,7 +197,7 @@ def until_nobody_reads() -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
+        silence(sys.stdout)
 
 
 def merge(config: TrainConfig) -> Path:

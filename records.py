@@ -19,9 +19,9 @@ from config import UserError
 from grid import cell_names, identity
 
 FORMAT = 1
-FACTS = ("best_epoch", "trainable_parameters", "total_parameters", "train_seconds", "samples_per_second")
-MEASURED = (*FACTS[1:], "peak_memory_bytes")  # every run has these
-FACTS += ("cache_seconds", "memory_before_training_bytes", "peak_memory_bytes", "precision", "device", "git_commit")
+# Numbers that every run has, and what else is kept of it.
+MEASURED = ("trainable_parameters", "total_parameters", "train_seconds", "samples_per_second", "peak_memory_bytes")
+FACTS = ("best_epoch", *MEASURED, "cache_seconds", "memory_before_training_bytes", "precision", "device", "git_commit")
 CURVES = ("val/loss", "val/accuracy", "val/precision", "val/recall", "val/f1")
 # Where a run found its model and data. Which they are is told by their names and fingerprints.
 PLACES = ("dataset", "dataset_dir", "model")
@@ -272,13 +272,10 @@ def _whole(run: Run) -> Run:
     """`run`. ValueError where it has more or fewer predictions than test rows, or lacks what a report needs."""
     if not len(run.predicted) == len(run.confidence) == len(run.rows.labels):
         raise ValueError(f"{len(run.predicted)} predictions of {len(run.rows.labels)} test rows")
-    scores = {
-        f"{split} {name}": scores.get(name)
-        for split, scores in (("val", run.val), ("test", run.test))
-        for name in ("accuracy", "precision")
-    }
-    facts = {name: run.facts.get(name) for name in MEASURED}
-    lacking = [name for name, value in (scores | facts).items() if not isinstance(value, int | float)]
+    needed = {name: run.facts.get(name) for name in MEASURED}
+    for split, scores in (("val", run.val), ("test", run.test)):
+        needed |= {f"{split} {name}": scores.get(name) for name in ("accuracy", "precision")}
+    lacking = [name for name, value in needed.items() if not isinstance(value, int | float)]
     lacking += [name for name in CURVES if not run.curve[name]]
     if lacking:
         raise ValueError(f"no number for {', '.join(lacking)}")

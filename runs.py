@@ -30,7 +30,7 @@ from data import TextData, TokenSplit, load_data
 from device import arithmetic, code_hash, device_name, main_process_first, open_device, take_fsdp
 from readers import Columns, brief
 from tokens import Cutter, tokenize
-from tracking import Logger, NullLogger, open_logger
+from tracking import Logger, NullLogger, open_logger, read_json
 
 PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate", "scikit-learn", "tokenizers", "numpy")
 FEW_ROWS = 30  # of validation: one row more or less right is 3 points
@@ -213,7 +213,7 @@ def _began_packaged(config: TrainConfig, what: str) -> bool:
     answers now."""
     if not config.resume:
         return False
-    stored = json.loads((Path(config.resume) / "config.json").read_text(encoding="utf-8"))
+    stored = read_json(Path(config.resume) / "config.json")
     return isinstance(found := stored.get(what), dict) and found.get("kind") == "packaged"
 
 
@@ -224,7 +224,7 @@ def _comparable(config: dict[str, Any]) -> dict[str, Any]:
 
 def check_same(record: dict[str, Any], run_dir: Path) -> None:
     """A run is continued on the model, the data and the number of processes that it began with, or not at all."""
-    stored = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+    stored = read_json(run_dir / "config.json")
     for key in ("model", "data", "max_length", "precision", "processes", "engine"):
         if found := _difference(key, _without_origin(stored.get(key)), _without_origin(record[key])):
             raise UserError(f"--resume {run_dir}: its {found}")
@@ -232,7 +232,7 @@ def check_same(record: dict[str, Any], run_dir: Path) -> None:
 
 def began_with(record: dict[str, Any], run_dir: Path) -> list[str]:
     """The code and the libraries that a resumed run began with, where they are others now: `torch 2.12.0`."""
-    stored = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+    stored = read_json(run_dir / "config.json")
     if not isinstance(stored.get("versions"), dict):
         return []
     was, now = (
@@ -367,7 +367,7 @@ def conclude(job: Job, run_dir: Path) -> None:
     """Say what came out, and upload the model, with --push_to_hub. The run is finished by then: no closed output and no
     failed upload undoes it."""
     if job.accelerator.is_main_process:
-        print(summary(json.loads((run_dir / "result.json").read_text(encoding="utf-8"))))
+        print(summary(read_json(run_dir / "result.json")))
         print(f"run folder: {run_dir}")
         if job.config.push_to_hub:
             hub.upload(run_dir / "model", job.config.push_to_hub)

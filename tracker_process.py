@@ -245,7 +245,7 @@ def _copy(spec: Spec, orders: queue.Queue[dict[str, Any]], say: Callable[[str], 
     if spec["sync"] and state.get("lines", -1) >= len(_read_rows(metrics, 0)[0]):
         say(f"nothing to do, {state['url']} is complete; to upload it anew, delete {state_path}")
         return
-    # Offline, or nobody knows what it holds: make a new one. (W&B itself drops what it has when training goes on.)
+    # Offline, or nobody knows what it holds: make a new one. (When training goes on, `_Wandb.log` drops what it has.)
     if not state.get("online") or ("lines" not in state and (spec["sync"] or spec["tracker"] == "comet")):
         state = {}
     tracker = {"wandb": _Wandb, "comet": _Comet}[spec["tracker"]](spec, state)

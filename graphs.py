@@ -5,6 +5,7 @@ Launching some 400 kernels of 4 us one by one from Python takes far longer than 
 when it was captured: the weights anyway, and the batch, which is copied there.
 """
 
+import gc
 import math
 import weakref
 from collections.abc import Callable, Iterator
@@ -60,6 +61,18 @@ class Pool:
             runs.clear()
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the garbage collector: a graph that it frees breaks a capture that is under way."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
 class Graph:
     """`run` captured; on the CPU, where there is nothing to capture, `run` itself."""
 
@@ -71,7 +84,7 @@ class Graph:
         graph, handle = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle() if alone else pool.handle
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # a capture cannot take what the first pass left there
-        with torch.cuda.stream(pool.stream):
+        with torch.cuda.stream(pool.stream), _uncollected():
             graph.capture_begin(pool=handle, capture_error_mode="thread_local")
             try:
                 run()

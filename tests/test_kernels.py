@@ -82,11 +82,12 @@ def test_random_bytes_are_uniform_and_unlike_for_other_seeds():
 
 
 @compiled
-@pytest.mark.parametrize("make", [tiny, lambda p: adapted(tiny(p), p)])
+@pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_step_is_that_of_the_layers_in_pytorch(monkeypatch, make, precision):
+def test_a_step_is_that_of_the_layers_in_pytorch(monkeypatch, lora, precision):
     """Dropout included: both read the same random bytes."""
-    model = make(0.2)
+    model = tiny(0.2, dim=32)  # as wide as a panel is with AVX512: else products are PyTorch's
+    model = adapted(model, 0.2) if lora else model
     other, (ids, lengths, labels) = copy.deepcopy(model), batch()
     found = []
     for one in (model, other):

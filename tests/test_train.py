@@ -343,11 +343,12 @@ def test_the_best_epoch_is_the_most_accurate_then_that_of_the_lowest_loss(monkey
     assert (progress.best_epoch, progress.best_accuracy) == (best, scores[best - 1][0])
 
 
-def test_few_validation_rows_are_said_at_the_start(cli, tmp_path):
+def test_few_validation_rows_are_said_at_the_start(cli, tiny_model, tmp_path):
     for rows, warned in ((20, 1), (200, 0)):  # of each class: a tenth is held out
         file = tmp_path / f"{rows}.csv"
         file.write_text("text,label\n" + "".join(f"{w} film {n},{w}\n" for n in range(rows) for w in ("good", "bad")))
-        code, _, err = cli("--finetune", "--epochs", "1", "--limit", "32", "--dataset", str(file), dataset=None)
+        where = ("--dataset", str(file), "--model", str(tiny_model))
+        code, _, err = cli("--finetune", "--epochs", "1", "--limit", "32", *where, dataset=None)
         assert code == 0 and err.count("warning: validation has 4 rows: too few to choose well by") == warned, err
         assert err.count("warning: validation") == warned
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import packaged
 from data import TokenSplit, sorted_batches
-from device import tokens_at_once
+from device import tokens_at_once, trim_heap
 from progress import progress_bar
 
 BATCH_SIZE = 64
@@ -94,7 +94,8 @@ def _fill(
         for indices in sorted_batches(split.lengths, BATCH_SIZE, tokens_at_once(device)):
             batch = split.batch(indices).to(device)
             hidden = prefix(batch.input_ids, batch.lengths).cpu()  # [B, L, D]
-            for row, index in enumerate(indices):
-                states = hidden[row, : int(split.lengths[index])].contiguous().view(torch.uint8).numpy()
-                os.pwrite(file.fileno(), states.tobytes(), int(starts[index]) * token_bytes)
+            rows = hidden.flatten(1).view(torch.uint8).numpy()  # [B, L * token_bytes]
+            for row, start, stop in zip(rows, starts[indices].tolist(), starts[indices + 1].tolist()):
+                os.pwrite(file.fileno(), row[: (stop - start) * token_bytes], start * token_bytes)
+            trim_heap()
             bar.update(len(indices))

@@ -1,6 +1,7 @@
 """What a machine without a GPU cannot test, run by test_gpu.py in a process of its own: `python tests/on_gpu.py`."""
 
 import copy
+import gc
 import sys
 from pathlib import Path
 
@@ -145,6 +146,8 @@ def steps_are_those_of_adamw(kind: str) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()
+    gc.set_threshold(100, 1, 1)  # collects all the time, and so an earlier model's graphs while others are captured
     for dtype in (torch.bfloat16, torch.float32):
         a_pass_over_memory_is_adamw(dtype)
     for kind in KINDS:

@@ -63,7 +63,8 @@ class Pool:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Without the garbage collector: a graph that it frees breaks a capture that is under way."""
+    """Without the garbage collector: a graph that it frees breaks the capture that is under way (PyTorch's #161037):
+    the likely cause of one that broke in tests/on_gpu.py, where one model follows another."""
     collects = gc.isenabled()
     gc.disable()
     try:

@@ -1,13 +1,12 @@
 """The machine a run is on: its accelerator, its arithmetic, its name, and the memory the run takes of it."""
 
 import contextlib
-import ctypes
 import functools
 import hashlib
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -143,21 +142,6 @@ def _processor(device: torch.device) -> str:
     if device.type == "cpu":
         return torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
     return device.type
-
-
-def trim_heap() -> None:
-    """Give memory that was freed back to the system, where the C library can (glibc, 0.5 ms).
-
-    It lies in holes where batches of many sizes follow each other: filling the prefix cache took 34 MB, now 24, of
-    which 12 stayed, now 3.
-    """
-    if trim := _malloc_trim():
-        trim(0)
-
-
-@functools.cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 class PeakMemory:

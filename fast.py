@@ -114,29 +114,24 @@ class Replay:
     SEEDS = 512  # dropout masks of one pass at most
     MOST = 512  # recordings that are kept, of 10 to 40 kB each; other shapes are computed without
 
-    def __init__(
-        self, fast: "FastClassifier", b: int, length: int, start: int, stop: int | None, training: bool, save: bool
-    ):
-        self.fast, self.shape = fast, Shape(b, length, torch.empty(b, dtype=torch.int64))
-        self.start, self.stop, self.draw, self.save = start, stop, Draw(training, b, seeds=fast.seeds), save
+    def __init__(self, fast: "FastClassifier", b: int, length: int, start: int, training: bool, save: bool):
+        self.fast, self.shape, self.start = fast, Shape(b, length, torch.empty(b, dtype=torch.int64)), start
+        self.draw, self.save = Draw(training, b, seeds=fast.seeds), save
         self.space, self.tape, self.tape_back = Workspace(fast.chunks), None, None
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """-> what `_forward` gives, in memory that is the next pass's."""
         self.shape.lengths.copy_(lengths)
         if self.tape is not None:
             self.x.copy_(x)
             random_seeds(self.fast.seeds[: self.draw.drawn])
             self.tape.replay()
-            return self.output
+            return self.cls.clone()
         tape = Tape()
         with within(self.space), tape.recording():
             self.x, self.dy = empty(*x.shape).copy_(x), empty(self.shape.b, x.shape[1])
-            self.output, self.layers = self.fast._forward(
-                self.x, self.shape, self.start, self.draw, self.save, self.stop
-            )
+            self.cls, self.layers = self.fast._forward(self.x, self.shape, self.start, self.draw, self.save)
         self.tape = tape
-        return self.output
+        return self.cls.clone()
 
     def backward(self, dy: Tensor) -> Stream:
         self.dy.copy_(dy)
@@ -207,7 +202,8 @@ class FastClassifier:
         for layer, successor in pairwise(self.layers):
             layer.successor = successor
         self.recordable = self.compiled and all(linear.recordable for layer in self.layers for linear in layer.linears)
-        self.forget_recordings()
+        self.replays: dict[tuple[int, int, int, bool, bool], Replay] = {}
+        self.chunks: list[Tensor] = []  # the memory of all recordings, of which one is in use at a time
         self.seeds = torch.empty(Replay.SEEDS, 1, dtype=torch.int64)
         self.pending: Callable[[], Kept | None] = lambda: None  # whose memory is in use
         self.frozen_prefix = frozen_prefix
@@ -224,11 +220,6 @@ class FastClassifier:
         if self.frozen_prefix and lowest < self.frozen_prefix:
             raise ValueError(f"layer {lowest} is trainable but frozen_prefix is {self.frozen_prefix}")
         return lowest
-
-    def forget_recordings(self) -> None:
-        """And their memory, which they share: one of them is in use at a time."""
-        self.replays: dict[tuple[int, int, int, int | None, bool, bool], Replay] = {}
-        self.chunks: list[Tensor] = []
 
     def attach(self, lazy) -> None:
         """Let a LazyTable bring rows up to date before they are read."""
@@ -254,17 +245,17 @@ class FastClassifier:
         start = 0 if from_ids else self.frozen_prefix
         if replay := self._replay(shape, start, draw, save):
             kept.replay, self.pending = replay, weakref.ref(kept)
-            return replay.forward(x, shape.lengths).clone(), kept
+            return replay.forward(x, shape.lengths), kept
         cls, kept.layers = self._forward(x.float(), shape, start, draw, save)
         return cls, kept
 
-    def _replay(self, shape: Shape, start: int, draw: Draw, save: bool, stop: int | None = None) -> Replay | None:
+    def _replay(self, shape: Shape, start: int, draw: Draw, save: bool) -> Replay | None:
         """The recording for this pass, where it can be one, and no pass before still needs the memory."""
         if not self.recordable or draw.whole != draw.rows or self.pending() is not None:
             return None
-        key = shape.b, shape.length, start, stop, draw.training, save
+        key = shape.b, shape.length, start, draw.training, save
         if key not in self.replays and len(self.replays) < Replay.MOST:
-            self.replays[key] = Replay(self, *key)
+            self.replays[key] = Replay(self, shape.b, shape.length, start, draw.training, save)
         return self.replays.get(key)
 
     def _forward(
@@ -302,19 +293,16 @@ class FastClassifier:
             stream = layer.backward(stream, kept, shape, need_dx=not lowest)
         return stream
 
-    def prefix(self, ids: Tensor, lengths: Tensor) -> Tensor:
+    def prefix(self, ids: Tensor, lengths: Tensor, space: Workspace | None = None) -> Tensor:
         """ids [B, L] -> output of the embeddings and the frozen layers [B, L, D], without dropout, cacheable.
 
-        The next pass may overwrite it.
+        space: the layers' memory, where many batches follow each other.
         """
-        with torch.inference_mode():
+        with torch.inference_mode(), within(space):
             self.arena.sync_if_changed()
-            shape, draw = self._shape(lengths, *ids.shape), Draw(False, len(ids))
+            shape, draw = self._shape(lengths, *ids.shape), Draw(False)
             x, _ = self.embedding.forward(ids, draw)
-            if replay := self._replay(shape, 0, draw, save=False, stop=self.frozen_prefix):
-                x = replay.forward(x, shape.lengths)
-            else:
-                x, _ = self._forward(x, shape, 0, draw, save=False, stop=self.frozen_prefix)
+            x, _ = self._forward(x, shape, 0, draw, save=False, stop=self.frozen_prefix)
             return x.to(self.dtype).view(*ids.shape, -1)
 
     def suffix(self, hidden: Tensor, lengths: Tensor, first: int = 0, whole: int | None = None) -> Tensor:
@@ -330,7 +318,7 @@ class FastClassifier:
     def __call__(self, ids: Tensor, lengths: Tensor, first: int = 0, whole: int | None = None) -> Tensor:
         """Where processes share a batch of `whole` rows, `ids` are the rows from `first` on: see Draw."""
         if self.frozen_prefix:
-            return self.suffix(self.prefix(ids, lengths).clone(), lengths, first, whole)
+            return self.suffix(self.prefix(ids, lengths), lengths, first, whole)
         if self.lazy:
             self.lazy.catch_up(torch.unique(ids))
         return self._logits(ids, lengths, Draw(self.model.training, len(ids), first, whole))

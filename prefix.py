@@ -18,7 +18,7 @@ from torch import Tensor
 
 import packaged
 from data import TokenSplit, sorted_batches
-from device import tokens_at_once, trim_heap
+from device import tokens_at_once
 from progress import progress_bar
 
 BATCH_SIZE = 64
@@ -97,5 +97,4 @@ def _fill(
             rows = hidden.flatten(1).view(torch.uint8).numpy()  # [B, L * token_bytes]
             for row, start, stop in zip(rows, starts[indices].tolist(), starts[indices + 1].tolist()):
                 os.pwrite(file.fileno(), row[: (stop - start) * token_bytes], start * token_bytes)
-            trim_heap()
             bar.update(len(indices))

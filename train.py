@@ -29,6 +29,7 @@ from engine import Engine, FastEngine, make_engine, predict_probabilities
 from metrics import score, score_with_intervals
 from packaged import flush
 from prefix import with_prefix
+from tape import Workspace
 from tracking import Logger
 
 LOG_EVERY = 10  # optimiser steps
@@ -211,13 +212,12 @@ def cache_prefix(job: runs.Job, engine: Engine, record: dict[str, Any], progress
     with main_process_first(job.accelerator):
         splits = with_prefix(
             job.splits,
-            engine.classifier.prefix,
+            partial(engine.classifier.prefix, space=Workspace()),
             content,
             job.model.config.hidden_size,
             engine.classifier.dtype,
             job.accelerator.device,
         )
-    engine.classifier.forget_recordings()  # what follows has other shapes, and is to lie where it takes the least
     if progress.global_step == 0:
         progress.cache_seconds = time.perf_counter() - started
         progress.train_seconds += progress.cache_seconds

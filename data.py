@@ -61,7 +61,7 @@ class TextData:
 class Batch(NamedTuple):
     """B rows. If processes share a batch: its rows from `first` on, padded as the whole batch is."""
 
-    input_ids: torch.Tensor  # [B, L] int64, padded on the right
+    input_ids: torch.Tensor  # [B, L] int64, padded on the right; [B, 0] beside `hidden`
     lengths: torch.Tensor  # [B] int64, tokens in each row
     labels: torch.Tensor  # [B] int64
     first: int  # place of row 0 in the whole batch
@@ -106,12 +106,14 @@ class TokenSplit:
     def batch(self, indices: np.ndarray, start: int = 0, stop: int | None = None) -> Batch:
         """The rows at `indices[start:stop]`, padded to the longest of `indices`."""
         mine = indices[start:stop]
-        lengths = self.lengths[mine]
-        mask = np.arange(self.lengths[indices].max()) < lengths[:, None]  # [B, L]
-        ids = np.full(mask.shape, self.pad_id, np.int64)
-        ids[mask] = np.concatenate([self.ids[at : at + n] for at, n in zip(self.starts[mine], lengths)])
+        lengths, longest = self.lengths[mine], int(self.lengths[indices].max())
+        if self.hidden:
+            hidden, ids = self.hidden.batch(mine, longest), np.empty((len(mine), 0), np.int64)
+        else:
+            hidden, ids = None, np.full((len(mine), longest), self.pad_id, np.int64)
+            mask = np.arange(longest) < lengths[:, None]  # [B, L]
+            ids[mask] = np.concatenate([self.ids[at : at + n] for at, n in zip(self.starts[mine], lengths)])
         tensors = (torch.from_numpy(array) for array in (ids, lengths.astype(np.int64), self.labels[mine]))
-        hidden = self.hidden.batch(mine, ids.shape[1]) if self.hidden else None
         return Batch(*tensors, start, len(indices), hidden)
 
 

@@ -1,5 +1,6 @@
 """Fine-tune DistilBERT for sentiment, fully or with LoRA, or fit the linear baseline; then compare the runs."""
 
+import gc
 import os
 import re
 import sys
@@ -110,4 +111,7 @@ def run_model(config: TrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    gc.set_threshold(100_000)  # of 700, the collector went through what the imports make so often that they took 15% longer
+    code = main()
+    gc.freeze()  # nothing is left to be freed, but it would look at everything once more, for more than a second
+    sys.exit(code)

@@ -25,22 +25,17 @@ static void add_norm(i64 n, i64 d, const float* x, i64 ldx, const T* y, const fl
     for (i64 i = 0; i < n; i++) {
         const float* xi = x + i * ldx;
         const T* yi = y + i * d;
-        float *zi = z + i * d, *hi = h + i * d, sum = 0, squares = 0;
+        float *zi = z + i * d, *hi = h + i * d;
         if (random) {
             const int8_t* bits = random + i * d;
-#pragma omp simd reduction(+ : sum)
-            for (i64 j = 0; j < d; j++) {
+            for (i64 j = 0; j < d; j++)
                 zi[j] = xi[j] + (bits[j] >= limit[j] ? (load(yi[j]) + shift[j]) * scale : 0.0f);
-                sum += zi[j];
-            }
         } else {
-#pragma omp simd reduction(+ : sum)
-            for (i64 j = 0; j < d; j++) sum += zi[j] = xi[j] + (load(yi[j]) + shift[j]);
+            for (i64 j = 0; j < d; j++) zi[j] = xi[j] + (load(yi[j]) + shift[j]);
         }
-        float m = sum / d;
-#pragma omp simd reduction(+ : squares)
-        for (i64 j = 0; j < d; j++) squares += (zi[j] - m) * (zi[j] - m);
-        float r = 1.0f / std::sqrt(squares / d + eps);
+        const float m = row_sum(d, zi, [](auto one) { return one; }) / d;
+        const float squares = row_sum(d, zi, [m](auto one) { return (one - m) * (one - m); });
+        const float r = 1.0f / std::sqrt(squares / d + eps);
         mean[i] = m, rstd[i] = r;
         for (i64 j = 0; j < d; j++) hi[j] = (zi[j] - m) * r * weight[j] + bias[j];
         if (half)
@@ -149,25 +144,23 @@ static void attend(i64 b, i64 h, i64 l, i64 d, i64 ld, const i64* lengths, const
     i64 wide = at.wide(), keys = at.keys();
 #pragma omp parallel
     {
-        std::vector<float> Q(at.l * wide), K(keys * wide), KT(wide * keys), P(at.l * keys), C(at.l * wide),
-            keep(keys);
+        std::vector<float> Q(at.l * wide), K(keys * wide), KT(wide * keys), P(at.l * keys), C(at.l * wide);
 #pragma omp for schedule(static)
         for (i64 head = 0; head < at.b * at.h; head++) {
             i64 n = at.lengths[head / at.h], full = whole(n);
             at.scores(head, n, Q.data(), K.data(), KT.data(), P.data());
             for (i64 i = 0; i < at.l; i++) {
-                float *p = P.data() + i * keys, top = p[0], sum = 0;
-#pragma omp simd reduction(max : top)
-                for (i64 j = 0; j < full; j++) top = std::max(top, p[j]);
-#pragma omp simd reduction(+ : sum)
-                for (i64 j = 0; j < full; j++) sum += p[j] = fast_exp(p[j] - top);
-                float* norm = norms + 2 * (head * at.l + i);
-                norm[0] = top, norm[1] = sum = 1 / sum;
-                for (i64 j = 0; j < full; j++) p[j] *= sum;
-                if (at.drop.bits) {
-                    at.drop.factors(n, (head * at.l + i) * at.l, keep.data());
-                    for (i64 j = 0; j < full; j++) p[j] *= keep[j];
+                float *p = P.data() + i * keys, *norm = norms + 2 * (head * at.l + i);
+                vec top = load_vec(p), sum = {};
+                for (i64 j = LANES; j < full; j += LANES) top = load_vec(p + j) > top ? load_vec(p + j) : top;
+                norm[0] = largest_of(top);
+                for (i64 j = 0; j < full; j += LANES) {
+                    const vec e = fast_exp(load_vec(p + j) - norm[0]);
+                    store_vec(p + j, e), sum += e;
                 }
+                norm[1] = 1 / sum_of(sum);
+                for (i64 j = 0; j < full; j += LANES)
+                    store_vec(p + j, load_vec(p + j) * norm[1] * at.drop.factor((head * at.l + i) * at.l, j));
             }
             gather(n, at.d, at.v + at.start(head), at.ld, at.v_bias + head % at.h * at.d, 1, K.data());
             product(at.l, wide, n, P.data(), keys, 1, K.data(), wide, C.data(), wide);
@@ -189,7 +182,7 @@ static void attend_backward(i64 batch, i64 heads, i64 l, i64 d, i64 ld, const i6
 #pragma omp parallel
     {
         std::vector<float> Q(at.l * wide), K(keys * wide), V(keys * wide), turned(wide * keys), dC(at.l * wide),
-            P(at.l * keys), S(at.l * keys), out(at.l * wide), keep(keys);
+            P(at.l * keys), S(at.l * keys), out(at.l * wide);
 #pragma omp for schedule(static)
         for (i64 head = 0; head < at.b * at.h; head++) {
             i64 b = head / at.h, h = head % at.h, n = at.lengths[b], full = whole(n);
@@ -199,18 +192,19 @@ static void attend_backward(i64 batch, i64 heads, i64 l, i64 d, i64 ld, const i6
             transpose(n, at.d, V.data(), turned.data(), keys);
             product(at.l, full, at.d, dC.data(), wide, 1, turned.data(), keys, S.data(), keys);
             for (i64 i = 0; i < at.l; i++) {  // P becomes what dropout leaves of it, S the gradient of the scores
-                float *p = P.data() + i * keys, *g = S.data() + i * keys, dot = 0;
+                float *p = P.data() + i * keys, *g = S.data() + i * keys;
                 const float* norm = norms + 2 * (head * at.l + i);
-                for (i64 j = 0; j < full; j++) p[j] = fast_exp(p[j] - norm[0]) * norm[1];
-                if (at.drop.bits) {
-                    at.drop.factors(n, (head * at.l + i) * at.l, keep.data());
-                    for (i64 j = 0; j < full; j++) g[j] *= keep[j];
+                const i64 start = (head * at.l + i) * at.l;
+                vec sum = {};
+                for (i64 j = 0; j < full; j += LANES) {
+                    const vec e = fast_exp(load_vec(p + j) - norm[0]) * norm[1];
+                    store_vec(p + j, e), sum += e * load_vec(g + j) * at.drop.factor(start, j);
                 }
-#pragma omp simd reduction(+ : dot)
-                for (i64 j = 0; j < full; j++) dot += p[j] * g[j];
-                for (i64 j = 0; j < full; j++) g[j] = p[j] * (g[j] - dot);
-                if (at.drop.bits)
-                    for (i64 j = 0; j < full; j++) p[j] *= keep[j];
+                const float dot = sum_of(sum);
+                for (i64 j = 0; j < full; j += LANES) {
+                    const vec e = load_vec(p + j), keep = at.drop.factor(start, j);
+                    store_vec(g + j, e * (load_vec(g + j) * keep - dot)), store_vec(p + j, e * keep);
+                }
             }
             product(at.l, wide, n, S.data(), keys, 1, K.data(), wide, out.data(), wide);
             scatter(at.l, at.d, out.data(), 1 / std::sqrt(float(at.d)), dq + at.start(head), at.ld);

@@ -153,6 +153,7 @@ static void lora_dx(i64 n, i64 in, i64 r, i64 groups, const bf16* A, const Dropo
                 }
                 for (i64 i = 0; i < rows; i++) {
                     bf16* const at = dx + (first + i) * ldd + c * 32;
+                    __builtin_prefetch(at + 32, 1, 3);
                     const __m512i through = _mm512_loadu_si512(at);
                     __m512 low = widen(_mm512_castsi512_si256(through));
                     __m512 high = widen(_mm512_extracti64x4_epi64(through, 1));
@@ -192,10 +193,13 @@ static void lora_down_gradient(i64 n, i64 in, i64 r, i64 groups, const bf16* x, 
             for (i64 g = 0; g < groups; g++) {
                 for (i64 p = 0; p < deep; p++) {
                     const i64 first = p * DEEP, rows = std::min(DEEP, n - first);
-                    for (i64 i = 0; i < rows; i++)
-                        _mm512_store_si512(masked + i * DEEP,
-                                           _mm512_maskz_loadu_epi16(kept(drop, (g * n + first + i) * in, column),
-                                                                    x + (first + i) * ldx + column));
+                    for (i64 i = 0; i < rows; i++) {
+                        const bf16* from = x + (first + i) * ldx + column;
+                        const i64 start = (g * n + first + i) * in;
+                        __builtin_prefetch(from + 32, 0, 2);  // for the next columns: rows lie too far apart for
+                        if (drop.bits) __builtin_prefetch(drop.bits + start + column + 32, 0, 2);  // the processor's own
+                        _mm512_store_si512(masked + i * DEEP, _mm512_maskz_loadu_epi16(kept(drop, start, column), from));
+                    }
                     pack_tiles(masked, DEEP, rows, right.at(p), right.at(deep + p));
                 }
                 for (i64 c = 0; c < down; c++) {

@@ -64,6 +64,10 @@ static inline float across(vec x, F f) {
 static inline float sum_of(vec x) {
     return across(x, [](auto a, auto b) { return a + b; });
 }
+static inline float largest_of(vec x) {
+    return across(x, [](auto a, auto b) { return a > b ? a : b; });
+}
+
 // The sum of f(x) over a row; f takes vectors and, behind the last whole one, numbers.
 template <class F>
 static inline float row_sum(i64 n, const float* x, F f) {
@@ -73,9 +77,6 @@ static inline float row_sum(i64 n, const float* x, F f) {
     float all = sum_of(sum);
     for (; j < n; j++) all += f(x[j]);
     return all;
-}
-static inline float largest_of(vec x) {
-    return across(x, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // exp to 2e-7 of its value (Cephes' polynomial), 0 below exp(-80), without branches: of a number, whose loops become

@@ -111,7 +111,7 @@ def run_model(config: TrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    gc.set_threshold(100_000)  # of 700, the collector went through what the imports make so often that they took 15% longer
+    gc.set_threshold(100_000)  # with 700 it goes through what the imports make so often that they take 15% longer
     code = main()
     gc.freeze()  # nothing is left to be freed, but it would look at everything once more, for more than a second
     sys.exit(code)

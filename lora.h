@@ -196,8 +196,9 @@ static void lora_down_gradient(i64 n, i64 in, i64 r, i64 groups, const bf16* x, 
                     for (i64 i = 0; i < rows; i++) {
                         const bf16* from = x + (first + i) * ldx + column;
                         const i64 start = (g * n + first + i) * in;
-                        __builtin_prefetch(from + 32, 0, 2);  // for the next columns: rows lie too far apart for
-                        if (drop.bits) __builtin_prefetch(drop.bits + start + column + 32, 0, 2);  // the processor's own
+                        // For the next columns, since rows lie too far apart for the processor to foresee them.
+                        __builtin_prefetch(from + 32, 0, 2);
+                        if (drop.bits) __builtin_prefetch(drop.bits + start + column + 32, 0, 2);
                         _mm512_store_si512(masked + i * DEEP, _mm512_maskz_loadu_epi16(kept(drop, start, column), from));
                     }
                     pack_tiles(masked, DEEP, rows, right.at(p), right.at(deep + p));

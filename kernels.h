@@ -162,13 +162,8 @@ struct Dropout {
     }
 
     // to [whole(n)] = what such a row is multiplied with.
-    void factors(i64 n, i64 start, float* __restrict to) const {
-        const int8_t *__restrict random = bits + start, *__restrict least = limit;
-        const float factor = scale;
-        if (bits)
-            for (i64 j = 0; j < whole(n); j++) to[j] = random[j] >= least[j] ? factor : 0.0f;
-        else
-            std::fill_n(to, whole(n), 1.0f);
+    void factors(i64 n, i64 start, float* to) const {
+        for (i64 j = 0; j < whole(n); j += LANES) store_vec(to + j, factor(start, j));
     }
 };
 

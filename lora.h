@@ -153,7 +153,7 @@ static void lora_dx(i64 n, i64 in, i64 r, i64 groups, const bf16* A, const Dropo
                 }
                 for (i64 i = 0; i < rows; i++) {
                     bf16* const at = dx + (first + i) * ldd + c * 32;
-                    __builtin_prefetch(at + 32, 1, 3);
+                    __builtin_prefetch(at + 32, 1, 3);  // rows lie too far apart for the processor to foresee them
                     const __m512i through = _mm512_loadu_si512(at);
                     __m512 low = widen(_mm512_castsi512_si256(through));
                     __m512 high = widen(_mm512_extracti64x4_epi64(through, 1));
@@ -196,7 +196,7 @@ static void lora_down_gradient(i64 n, i64 in, i64 r, i64 groups, const bf16* x, 
                     for (i64 i = 0; i < rows; i++) {
                         const bf16* from = x + (first + i) * ldx + column;
                         const i64 start = (g * n + first + i) * in;
-                        // For the next columns, since rows lie too far apart for the processor to foresee them.
+                        // For the next columns, as above.
                         __builtin_prefetch(from + 32, 0, 2);
                         if (drop.bits) __builtin_prefetch(drop.bits + start + column + 32, 0, 2);
                         _mm512_store_si512(masked + i * DEEP, _mm512_maskz_loadu_epi16(kept(drop, start, column), from));
